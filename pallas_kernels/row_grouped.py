@@ -1,0 +1,227 @@
+"""The row-grouped matrix: the one storage behind every pattern that has a kernel.
+
+Rows of a weight W (M x K) are permuted and cut into R groups of V = `group_size`; every group keeps its own columns.
+`values` holds one row of V numbers per kept column of a group, groups one after another.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+INT32_MAX = np.iinfo(np.int32).max
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["columns", "group_ptr", "rows", "counts"],
+    meta_fields=["m", "k", "group_size", "max_count", "buckets"],
+)
+@dataclasses.dataclass(frozen=True)
+class Topology:
+    """The integer half of a row-grouped matrix: which weights exist. Never differentiated, never optimized.
+
+    Every array may have the same leading axes (stacked layers). Slices are then padded to the longest: slots behind
+    `group_ptr[R]` belong to no group, their column is the sentinel K.
+
+    Attributes:
+        columns: (P,) int32, kept columns, ascending within a group.
+        group_ptr: (R + 1,) int32, group r owns the slots `group_ptr[r]:group_ptr[r + 1]`.
+        rows: (R * V,) int32, stored row i is row `rows[i]` of W; each of 0..M-1 once, every other slot the sentinel M.
+        counts: None where segments are exact. In a prepared topology, (R,) int32: the first `counts[r]` slots of
+            group r are real; the others repeat a column the group keeps (0 if it keeps none) and hold zeros.
+        m: output features M.
+        k: input features K.
+        group_size: rows of a group, V.
+        max_count: the longest segment, in slots.
+        buckets: None, or ((groups, slots), ...): the segment lengths known when tracing, in the order of the groups.
+    """
+
+    columns: jax.Array
+    group_ptr: jax.Array
+    rows: jax.Array
+    m: int
+    k: int
+    group_size: int
+    max_count: int
+    counts: jax.Array | None = None
+    buckets: tuple[tuple[int, int], ...] | None = None
+
+    @property
+    def num_groups(self) -> int:
+        """R, the number of row groups."""
+        return self.group_ptr.shape[-1] - 1
+
+    @property
+    def num_slots(self) -> int:
+        """P, the number of stored columns over all groups, padding included."""
+        return self.columns.shape[-1]
+
+    @property
+    def equal_counts(self) -> bool:
+        """Whether every group stores the same number of columns, as far as shapes alone tell."""
+        return self.num_slots == self.num_groups * self.max_count
+
+    @property
+    def segments(self) -> tuple[tuple[int, int], ...] | None:
+        """The segment lengths known when tracing: `buckets`, or one bucket where the counts are equal, else None."""
+        if self.buckets is not None:
+            return self.buckets
+        return ((self.num_groups, self.max_count),) if self.equal_counts else None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all integer arrays."""
+        return sum(leaf.nbytes for leaf in jax.tree.leaves(self))
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["values", "topology"], meta_fields=[])
+@dataclasses.dataclass(frozen=True)
+class RowGrouped:
+    """A row-grouped matrix. Build it with `row_grouped` or `from_dense`, which validate; the class itself does not.
+
+    Attributes:
+        values: (P, V) floating, `values[p, i]` is W[rows[r * V + i], columns[p]] for the group r that owns slot p.
+        topology: its `Topology`.
+    """
+
+    values: jax.Array
+    topology: Topology
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(M, K) of the matrix it stands for."""
+        return self.topology.m, self.topology.k
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        """The dtype of the values."""
+        return self.values.dtype
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the values and of all integer arrays."""
+        return self.values.nbytes + self.topology.nbytes
+
+
+def row_grouped(
+    values: jax.Array, columns: jax.Array, group_ptr: jax.Array, rows: jax.Array, *, m: int, k: int
+) -> RowGrouped:
+    """Builds a row-grouped matrix from its arrays and checks them. On the host.
+
+    Args:
+        values: (..., P, V) floating.
+        columns: (..., P) int32, strictly ascending within a group.
+        group_ptr: (..., R + 1) int32.
+        rows: (..., R * V) int32.
+        m: output features M.
+        k: input features K.
+
+    Returns:
+        The matrix, with `max_count` derived from `group_ptr`.
+
+    Raises:
+        ValueError: an array has a wrong shape, dtype or content; the text names the array and what it must hold.
+    """
+    if not jnp.issubdtype(values.dtype, jnp.floating):
+        raise ValueError(f"values must be floating, got {values.dtype}")
+    for name, array in (("columns", columns), ("group_ptr", group_ptr), ("rows", rows)):
+        if array.dtype != np.int32:
+            raise ValueError(f"{name} must be int32, got {array.dtype}")
+    if values.ndim < 2 or values.shape[-1] == 0:
+        raise ValueError(f"values must be (..., P, V) with V >= 1, got {values.shape}")
+    batch, (p, v) = values.shape[:-2], values.shape[-2:]
+    if m < 1 or k < 1:
+        raise ValueError(f"a matrix needs at least one row and one column, got M={m}, K={k}")
+    r = group_ptr.shape[-1] - 1 if group_ptr.ndim else 0
+    expected = {"columns": (*batch, p), "group_ptr": (*batch, r + 1), "rows": (*batch, r * v)}
+    for name, array in (("columns", columns), ("group_ptr", group_ptr), ("rows", rows)):
+        if array.shape != expected[name]:
+            raise ValueError(f"{name} must have shape {expected[name]} beside values {values.shape}, got {array.shape}")
+    if r * v < m:
+        raise ValueError(
+            f"{r} groups of {v} rows cannot hold {m} rows: group_ptr needs at least {-(-m // v) + 1} entries"
+        )
+    if p > INT32_MAX:
+        raise ValueError(f"{p} slots overflow int32 offsets; split the layer")
+    ptrs, cols, row_ids = (np.asarray(a).reshape(-1, a.shape[-1]) for a in (group_ptr, columns, rows))
+    for b, (ptr, col, row) in enumerate(zip(ptrs, cols, row_ids, strict=True)):
+        at = f" of slice {np.unravel_index(b, batch)}" if batch else ""
+        if ptr[0] != 0 or (np.diff(ptr) < 0).any() or ptr[-1] > p or (not batch and ptr[-1] != p):
+            raise ValueError(f"group_ptr{at} must rise from 0 to P={p}, got {ptr[0]}..{ptr[-1]}")
+        live = col[: ptr[-1]]
+        starts = np.zeros(len(live), bool)
+        starts[ptr[:-1][ptr[:-1] < len(live)]] = True
+        if len(live) and (live.min() < 0 or live.max() >= k):
+            raise ValueError(f"columns{at} must lie in 0..{k - 1}, got {live.min()}..{live.max()}")
+        if (np.diff(live) <= 0)[~starts[1:]].any():
+            raise ValueError(f"columns{at} must ascend strictly within every group")
+        if (col[ptr[-1] :] != k).any():
+            raise ValueError(f"columns{at} behind the last group must be the sentinel K={k}")
+        used = row[row != m]
+        if len(used) != m or not np.array_equal(np.sort(used), np.arange(m)):
+            raise ValueError(f"rows{at} must hold each of 0..{m - 1} once and the sentinel {m} elsewhere")
+    max_count = int(np.diff(ptrs, axis=-1).max(initial=0))
+    arrays = (jnp.asarray(a) for a in (columns, group_ptr, rows))
+    return RowGrouped(jnp.asarray(values), Topology(*arrays, m=m, k=k, group_size=v, max_count=max_count))
+
+
+def from_dense(weight: jax.Array, rows: jax.Array, kept: jax.Array) -> RowGrouped:
+    """Compresses a matrix. On the host, because the number of slots depends on the data.
+
+    Args:
+        weight: (..., M, K) floating.
+        rows: (..., R * V) int32, the row permutation with sentinels M.
+        kept: (..., R, K) bool, the kept columns of every group.
+
+    Returns:
+        The matrix in canonical form. Weights outside the kept vectors are dropped, whatever they hold.
+
+    Raises:
+        ValueError: shapes disagree, or `rows` is no permutation with sentinels.
+    """
+    weight, rows, kept = np.asarray(weight), np.asarray(rows), np.asarray(kept)
+    batch, (m, k), r = weight.shape[:-2], weight.shape[-2:], kept.shape[-2]
+    if kept.shape != (*batch, r, k) or rows.shape[:-1] != batch or r == 0 or rows.shape[-1] % r:
+        raise ValueError(f"rows {rows.shape} and kept {kept.shape} do not fit a weight of shape {weight.shape}")
+    v = rows.shape[-1] // r
+    if rows.size and (rows.min() < 0 or rows.max() > m):
+        raise ValueError(f"rows must lie in 0..{m} (the sentinel), got {rows.min()}..{rows.max()}")
+    num_slots = int(kept.sum((-1, -2)).max(initial=0))
+    values = np.zeros((*batch, num_slots, v), weight.dtype)
+    columns = np.full((*batch, num_slots), k, np.int32)
+    group_ptr = np.zeros((*batch, r + 1), np.int32)
+    np.cumsum(kept.sum(-1), axis=-1, out=group_ptr[..., 1:])
+    for b in np.ndindex(*batch):
+        group, column = np.nonzero(kept[b])
+        row = rows[b].reshape(r, v)[group]
+        columns[b][: len(column)] = column
+        values[b][: len(column)] = np.where(row < m, weight[b][np.minimum(row, m - 1), column[:, None]], 0)
+    return row_grouped(values, columns, group_ptr, rows.astype(np.int32), m=m, k=k)
+
+
+def slot_groups(topology: Topology) -> jax.Array:
+    """The group that owns each slot: (P,) int32, R for slots behind the last group."""
+    slots = jnp.arange(topology.num_slots, dtype=jnp.int32)
+    return jnp.searchsorted(topology.group_ptr, slots, side="right").astype(jnp.int32) - 1
+
+
+def slot_is_real(topology: Topology) -> jax.Array:
+    """Which slots hold a weight rather than padding: (P,) bool."""
+    group = slot_groups(topology)
+    if topology.counts is None:
+        return group < topology.num_groups
+    offset = jnp.arange(topology.num_slots) - topology.group_ptr[group]
+    return offset < topology.counts.at[group].get(mode="fill", fill_value=0)
+
+
+def to_dense(matrix: RowGrouped) -> jax.Array:
+    """Decompresses a matrix without leading axes, under jit or not: (M, K), exact zeros where nothing is stored."""
+    topology, v = matrix.topology, matrix.topology.group_size
+    group = slot_groups(topology)
+    rows = topology.rows.reshape(-1, v).at[group].get(mode="fill", fill_value=topology.m)
+    columns = jnp.where(slot_is_real(topology), topology.columns, topology.k)
+    dense = jnp.zeros(matrix.shape, matrix.dtype)
+    return dense.at[rows, columns[:, None]].set(matrix.values, mode="drop")

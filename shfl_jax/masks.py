@@ -1,0 +1,51 @@
+"""Masks: what is kept, in compact arrays of fixed shapes."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["rows", "kept"], meta_fields=["m"])
+@dataclasses.dataclass(frozen=True)
+class Mask:
+    """Which weights of one layer are kept. Every pattern yields one; element-wise patterns have groups of one row.
+
+    Both arrays may have the same leading axes (stacked layers).
+
+    Attributes:
+        rows: (R * V,) int32, the row permutation: stored row i is row `rows[i]` of W; each of 0..M-1 once, every other
+            slot the sentinel M.
+        kept: (R, K) bool, the kept columns of every row group.
+        m: output features M.
+    """
+
+    rows: jax.Array
+    kept: jax.Array
+    m: int
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(M, K) of the weight it belongs to."""
+        return self.m, self.kept.shape[-1]
+
+    @property
+    def group_size(self) -> int:
+        """V, rows of a group."""
+        return self.rows.shape[-1] // self.kept.shape[-2]
+
+    def elements(self) -> jax.Array:
+        """Expands the mask: (..., M, K) bool, True where a weight is kept."""
+        if self.rows.ndim > 1:
+            return jax.vmap(Mask.elements)(self)
+        groups = jnp.zeros(self.m, jnp.int32)
+        slot_group = jnp.arange(self.rows.shape[-1], dtype=jnp.int32) // self.group_size
+        groups = groups.at[self.rows].set(slot_group, mode="drop")
+        return self.kept[groups]
+
+    def density(self) -> jax.Array:
+        """Fraction of kept weights of every slice: (...,) float32."""
+        live = (self.rows.reshape(*self.kept.shape[:-1], self.group_size) < self.m).sum(-1)
+        kept = (self.kept.sum(-1) * live.astype(jnp.float32)).sum(-1)
+        return kept / (self.m * self.kept.shape[-1])
