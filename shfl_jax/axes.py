@@ -59,6 +59,18 @@ class _Label:
     peeled: tuple[tuple[int, tuple[int, ...]], ...] = ()
 
 
+def split_arrays(arguments: Any) -> tuple[list[Any], Callable[[list[Any]], Any]]:
+    """Takes the arrays (abstract ones too) out of a pytree of arguments; the function returned puts others in."""
+    leaves, treedef = jax.tree.flatten(arguments)
+    places = [i for i, leaf in enumerate(leaves) if hasattr(leaf, "shape") and hasattr(leaf, "dtype")]
+
+    def rebuild(arrays: list[Any]) -> Any:
+        filled = dict(zip(places, arrays, strict=True))
+        return jax.tree.unflatten(treedef, [filled.get(i, leaf) for i, leaf in enumerate(leaves)])
+
+    return [leaves[i] for i in places], rebuild
+
+
 def tie_batch_axes(x: jax.Array, kernel: jax.Array) -> jax.Array:
     """Returns x, made to depend on a kernel while `contraction_axes` traces.
 
@@ -104,8 +116,9 @@ def contraction_axes(
 
 def _decide(path: str, shape: tuple[int, ...], uses: list[_Use]) -> Axes:
     fix = "Map it to None in the plan to keep it dense."
-    found = {use.axes for use in uses}
-    if len(found) == 1 and None not in found:
+    found = {use.axes for use in uses if use.axes is not None}
+    others = [use for use in uses if use.axes is None]
+    if len(found) == 1 and not others:
         return found.pop()
     unknown = all(use.what in _CALLS_WITHOUT_JAXPR for use in uses)
     if unknown and len(shape) == 2:
@@ -118,7 +131,7 @@ def _decide(path: str, shape: tuple[int, ...], uses: list[_Use]) -> Axes:
     listed = "; ".join(dict.fromkeys(map(str, uses)))
     if unknown:
         raise ValueError(f"{path} {shape}: the axes that {listed} contracts are unknown. {fix}")
-    if len(found) > 1 and None not in found:
+    if len(found) > 1 and not others:
         raise ValueError(f"{path} {shape}: tied weights: one kernel is contracted in different ways: {listed}. {fix}")
     raise ValueError(
         f"{path} {shape}: only kernels that are contracted and nothing else can be pruned: {listed}. {fix}"

@@ -2,9 +2,12 @@
 
 import dataclasses
 import math
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
+import numpy as np
+
+Array = TypeVar("Array", jax.Array, np.ndarray)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,7 +58,7 @@ class LayerSpec:
         """(M, K) of each matrix."""
         return math.prod(self.shape[a] for a in self.out_axes), math.prod(self.shape[a] for a in self.in_axes)
 
-    def to_matrix(self, kernel: jax.Array) -> jax.Array:
+    def to_matrix(self, kernel: Array) -> Array:
         """Reads a kernel (or a mask, or scores, of its shape) as matrices: (*batch, M, K). NumPy stays NumPy.
 
         Raises:
@@ -65,7 +68,7 @@ class LayerSpec:
             raise ValueError(f"{self.path}: expected an array of shape {self.shape}, got {tuple(kernel.shape)}")
         return kernel.transpose(self._order).reshape(*self.batch_shape, *self.matrix_shape)
 
-    def from_matrix(self, matrix: jax.Array) -> jax.Array:
+    def from_matrix(self, matrix: Array) -> Array:
         """Undoes `to_matrix`: (*batch, M, K) -> the kernel's shape.
 
         Raises:
@@ -75,7 +78,7 @@ class LayerSpec:
             expected = (*self.batch_shape, *self.matrix_shape)
             raise ValueError(f"{self.path}: expected matrices of shape {expected}, got {tuple(matrix.shape)}")
         inverse = sorted(range(len(self.shape)), key=lambda axis: self._order[axis])
-        return matrix.reshape(tuple(self.shape[a] for a in self._order)).transpose(inverse)
+        return matrix.reshape(*(self.shape[a] for a in self._order)).transpose(inverse)
 
     @property
     def _order(self) -> tuple[int, ...]:

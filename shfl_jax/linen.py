@@ -1,13 +1,19 @@
 """Linen: finding the layers of a model, and running it with compressed kernels."""
 
-from collections.abc import Callable
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import flax
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from shfl_jax.axes import contraction_axes, tie_batch_axes
+from pallas_kernels.row_grouped import RowGrouped
+from shfl_jax.axes import contraction_axes, split_arrays, tie_batch_axes
+from shfl_jax.compress import layers, matrices
+from shfl_jax.contraction import contract, moved_batch_axes
 from shfl_jax.layers import LayerSpec
 from shfl_jax.paths import path_leaves, update_paths
 from shfl_jax.plan import Plan
@@ -32,38 +38,122 @@ def resolve(plan: Plan, model: nn.Module, *example_inputs: Any, **apply_kwargs: 
     rngs = apply_kwargs.pop("rngs", {"params": key})
     mutable = apply_kwargs.pop("mutable", nn.DenyList("params"))
     init_kwargs = {name: value for name, value in apply_kwargs.items() if name != "capture_intermediates"}
-    leaves, treedef = jax.tree.flatten((example_inputs, apply_kwargs, init_kwargs))
-    traced = {i: leaf for i, leaf in enumerate(leaves) if hasattr(leaf, "shape") and hasattr(leaf, "dtype")}
+    arrays, rebuild = split_arrays((example_inputs, apply_kwargs, init_kwargs))
 
-    def arguments(arrays: dict[int, jax.Array]) -> Any:
-        return jax.tree.unflatten(treedef, [arrays.get(i, leaf) for i, leaf in enumerate(leaves)])
-
-    def init(arrays: dict[int, jax.Array]) -> Any:
-        inputs, _, kwargs = arguments(arrays)
+    def init(arrays: list[jax.Array]) -> Any:
+        inputs, _, kwargs = rebuild(arrays)
         return model.init(rngs if "params" in rngs else key, *inputs, **kwargs)
 
-    variables = jax.eval_shape(init, traced)
+    variables = jax.eval_shape(init, arrays)
     shapes = path_leaves(variables["params"])
 
-    def apply(params: dict[str, jax.Array], others: Any, arrays: dict[int, jax.Array]) -> Any:
-        inputs, kwargs, _ = arguments(arrays)
+    def apply(params: dict[str, jax.Array], others: Any, arrays: list[jax.Array]) -> Any:
+        inputs, kwargs, _ = rebuild(arrays)
         merged = {**others, "params": update_paths(variables["params"], params)}
         with nn.intercept_methods(_tie_batch_axes):
             return model.apply(merged, *inputs, rngs=rngs, mutable=mutable, **kwargs)
 
     others = {name: tree for name, tree in variables.items() if name != "params"}
     matched = list(plan.assign(shapes))
-    axes = contraction_axes(apply, shapes, matched, others, traced)
-    return plan.specs({path: leaf.shape for path, leaf in shapes.items()}, axes)
+    axes = contraction_axes(apply, shapes, matched, others, arrays)
+    return plan.specs(shapes, axes)
+
+
+def apply(model: nn.Module, variables: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
+    """Runs a model with compressed kernels; like `model.apply`, and like it to be jitted by the caller.
+
+    Calls of `nn.Dense` and `nn.DenseGeneral` (attention's projections too) whose kernel is compressed become
+    row-grouped products; everything else, layers left dense included, runs as it is. `method=`, `rngs=`, `mutable=`,
+    `nn.scan`, `nn.vmap` and `nn.remat` work as ever. Differentiable with respect to `variables['params']`.
+
+    Args:
+        model: the unmodified module.
+        variables: {'params', 'topology'} of `compress` or `load`, and the model's other collections ('batch_stats').
+        *args: as in `model.apply`.
+        **kwargs: as in `model.apply`. `mutable=True` means every collection but 'params'.
+
+    Returns:
+        What `model.apply` returns.
+
+    Raises:
+        ValueError: `variables` are not compressed, an input does not fit, or 'params' is to be mutable.
+        NotImplementedError: a compressed kernel inside a module of another kind, or whose axes that module's way of
+            stacking layers moves; the text names it and the fix.
+    """
+    mutable = kwargs.get("mutable", False)
+    if mutable is True:
+        kwargs["mutable"] = nn.DenyList("params")
+    elif flax.core.scope.in_filter(mutable, "params"):
+        raise ValueError("compressed 'params' cannot be mutable; leave them out of `mutable`")
+    specs = {path: layer.spec for path, layer in layers(variables).items()}
+    kernels = {
+        path: _Kernel(moved_batch_axes(matrix, specs[path]), specs[path])
+        for path, matrix in matrices(variables).items()
+    }
+    merged = {name: tree for name, tree in variables.items() if name not in ("params", "topology")}
+    merged["params"] = update_paths(variables["params"], kernels)
+    with nn.intercept_methods(_run_compressed):
+        return model.apply(merged, *args, **kwargs)
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["matrix"], meta_fields=["spec"])
+@dataclasses.dataclass(frozen=True)
+class _Kernel:
+    """A compressed kernel where the model expects an array, so that scan and vmap slice all its arrays alike."""
+
+    matrix: RowGrouped
+    spec: LayerSpec
+
+
+def _run_compressed(call: Callable[..., Any], args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
+    module = context.module
+    kernel = module.get_variable("params", "kernel") if module.scope is not None else None
+    kernel = kernel.unbox() if isinstance(kernel, nn.meta.AxisMetadata) else kernel
+    if not isinstance(kernel, _Kernel):
+        return call(*args, **kwargs)
+    spec = kernel.spec
+    if not (_is_call(context, nn.Dense) or _is_call(context, nn.DenseGeneral)):
+        raise NotImplementedError(
+            f"{spec.path} {spec.shape}: a {type(module).__name__} cannot run with a compressed kernel, only nn.Dense "
+            "and nn.DenseGeneral can. Map it to None in the plan to keep it dense"
+        )
+    if module.dot_general is not None or module.dot_general_cls is not None:
+        raise NotImplementedError(
+            f"{spec.path} {spec.shape}: a layer with its own dot_general cannot run with a compressed kernel. Map it "
+            "to None in the plan to keep it dense"
+        )
+    bias = module.get_variable("params", "bias") if module.use_bias else None
+    x, values, bias = module.promote_dtype(
+        _input(*args, **kwargs), kernel.matrix.values, nn.meta.unbox(bias), dtype=module.dtype
+    )
+    return contract(
+        RowGrouped(values, kernel.matrix.topology),
+        x,
+        bias,
+        spec,
+        axis=_tuple(getattr(module, "axis", -1)),
+        features=_tuple(module.features),
+        batch_dims=_tuple(getattr(module, "batch_dims", ())),
+        precision=module.precision,
+    )
+
+
+def _tuple(axes: int | Sequence[int]) -> tuple[int, ...]:
+    return (axes,) if isinstance(axes, int) else tuple(axes)
 
 
 def _tie_batch_axes(call: Callable[..., Any], args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
     if _is_call(context, nn.Dense) or _is_call(context, nn.DenseGeneral):
-        (x, *args) = args
-        return call(tie_batch_axes(jnp.asarray(x), context.module.get_variable("params", "kernel")), *args, **kwargs)
+        kernel = nn.meta.unbox(context.module.get_variable("params", "kernel"))
+        return call(tie_batch_axes(jnp.asarray(_input(*args, **kwargs)), kernel))
     return call(*args, **kwargs)
 
 
 def _is_call(context: nn.module.InterceptorContext, layer: type[nn.Module]) -> bool:
     """Whether this is a call of such a layer, with the layer's own `__call__`."""
     return context.method_name == "__call__" and type(context.module).__call__ is layer.__call__
+
+
+def _input(inputs: Any) -> Any:
+    """The one argument of a layer, by position or by name."""
+    return inputs

@@ -69,17 +69,17 @@ class Plan:
             assigned |= {path: pattern for path in matched if path not in assigned}
         return {path: assigned[path] for path in kernels if assigned.get(path) is not None}
 
-    def specs(self, shapes: Mapping[str, tuple[int, ...]], axes: Mapping[str, Any]) -> dict[str, LayerSpec]:
+    def specs(self, params: Mapping[str, Any], axes: Mapping[str, Any]) -> dict[str, LayerSpec]:
         """Puts patterns and axes together.
 
         Args:
-            shapes: path -> shape of every parameter.
+            params: path -> every parameter, or its shape and dtype.
             axes: path -> `shfl_jax.axes.Axes` of every kernel that is to be pruned.
 
         Returns:
             path -> spec.
         """
         return {
-            path: LayerSpec(path, shapes[path], axes[path].batch, axes[path].contracting, axes[path].out, pattern)
-            for path, pattern in self.assign(shapes).items()
+            path: LayerSpec(path, params[path].shape, axes[path].batch, axes[path].contracting, axes[path].out, pattern)
+            for path, pattern in self.assign(params).items()
         }

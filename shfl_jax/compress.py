@@ -1,0 +1,192 @@
+"""From masks to compressed parameters and back."""
+
+import dataclasses
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import pallas_kernels
+from pallas_kernels.row_grouped import RowGrouped, Topology
+from shfl_jax.layers import LayerSpec
+from shfl_jax.masks import Mask, Masks
+from shfl_jax.paths import path_leaves, update_paths
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=["topology"], meta_fields=["spec", "dense_because", "tokens"]
+)
+@dataclasses.dataclass(frozen=True)
+class LayerTopology:
+    """What compression knows of one layer; the leaf of the 'topology' tree at the path of its kernel.
+
+    Attributes:
+        topology: the integers of its row-grouped matrix, with leading axes for a stacked layer; None if left dense.
+        spec: its `LayerSpec`.
+        dense_because: why the layer was left dense (masked), or "" if it is compressed.
+        tokens: the token counts that `compress` was told to expect.
+    """
+
+    topology: Topology | None
+    spec: LayerSpec
+    dense_because: str = ""
+    tokens: tuple[int, ...] = ()
+
+
+def compress(params: Any, masks: Masks, *, tokens: int | Sequence[int] = ()) -> dict[str, Any]:
+    """Stores every pruned kernel as a row-grouped matrix. On the host, because sizes depend on the masks.
+
+    Two kinds of layers stay dense, with their pruned weights set to zero: those whose mask keeps everything, and those
+    of element-wise patterns (group_size 1), which have no kernel.
+
+    Args:
+        params: the parameter tree: nested dicts of Linen or an `nnx.State`.
+        masks: the masks to apply.
+        tokens: the token counts N the model will run with. Recorded with every layer for `report`; does not change what
+            is compressed.
+
+    Returns:
+        {'params': the tree with values (*batch, P, V) in place of compressed kernels (*batch are the spec's batch axes;
+        slices are padded to the longest; everything else is the same object), 'topology': nested dicts with a
+        `LayerTopology` at the path of every masked kernel}.
+
+    Raises:
+        ValueError: the tree lacks a layer; a kernel or mask has a wrong shape or dtype; a kernel holds NaN or inf; one
+            array is stored at two paths (tied weights). The text names the layer and the fix. Nothing is changed.
+    """
+    tokens = tuple(int(n) for n in np.atleast_1d(np.asarray(tokens, int)))
+    if any(n < 1 for n in tokens):
+        raise ValueError(f"tokens are counts of at least 1, got {tokens}")
+    kernels = path_leaves(params)
+    _check_untied(kernels, masks)
+    values, topology = {}, {}
+    for spec in masks.specs:
+        if spec.path not in kernels:
+            raise ValueError(f"the parameters have no {spec.path!r}; pass the tree that the specs were resolved from")
+        mask = masks[spec.path]
+        weight = _checked_weight(kernels[spec.path], mask, spec)
+        reason = _why_dense(mask, spec)
+        if reason:
+            values[spec.path] = spec.from_matrix(jnp.where(mask.elements(), weight, 0))
+            topology[spec.path] = LayerTopology(None, spec, reason, tokens)
+        else:
+            matrix = pallas_kernels.from_dense(weight, mask.rows, mask.kept)
+            values[spec.path] = matrix.values
+            topology[spec.path] = LayerTopology(matrix.topology, spec, "", tokens)
+    return {"params": update_paths(params, values), "topology": nest(topology)}
+
+
+def decompress(sparse: Mapping[str, Any]) -> Any:
+    """Undoes `compress`: the masked dense parameters, bit for bit.
+
+    Args:
+        sparse: what `compress` or `prepare` returned; other collections are ignored.
+
+    Returns:
+        The parameter tree, with exact zeros where weights were pruned.
+    """
+    dense = {}
+    for path, matrix in matrices(sparse).items():
+        spec = layers(sparse)[path].spec
+        expand = pallas_kernels.to_dense
+        for _ in spec.batch_axes:
+            expand = jax.vmap(expand)
+        dense[path] = spec.from_matrix(expand(matrix))
+    return update_paths(sparse["params"], dense)
+
+
+def prepare(sparse: Mapping[str, Any], implementation: str | None = None) -> dict[str, Any]:
+    """Rearranges every layer the way a backend reads it fastest. On the host, once, outside jit.
+
+    Args:
+        sparse: what `compress` or `load` returned; other collections pass through.
+        implementation: as in `pallas_kernels.matmul`.
+
+    Returns:
+        The same structure, mathematically the same matrices. Do not save it: checkpoints hold the canonical form.
+    """
+    prepared = {path: pallas_kernels.prepare(matrix, implementation) for path, matrix in matrices(sparse).items()}
+    found = layers(sparse) | {
+        path: dataclasses.replace(layers(sparse)[path], topology=matrix.topology) for path, matrix in prepared.items()
+    }
+    values = {path: matrix.values for path, matrix in prepared.items()}
+    return {**sparse, "params": update_paths(sparse["params"], values), "topology": nest(found)}
+
+
+def layers(sparse: Mapping[str, Any]) -> dict[str, LayerTopology]:
+    """The masked layers of a compressed model: path -> `LayerTopology`.
+
+    Raises:
+        ValueError: this is no compressed model.
+    """
+    if "params" not in sparse or "topology" not in sparse:
+        raise ValueError(f"expected the {{'params', 'topology'}} of `compress` or `load`, got keys {sorted(sparse)}")
+    return path_leaves(sparse["topology"], is_leaf=lambda node: isinstance(node, LayerTopology))
+
+
+def matrices(sparse: Mapping[str, Any]) -> dict[str, RowGrouped]:
+    """The compressed kernels: path -> `RowGrouped`, with leading axes for stacked layers.
+
+    Raises:
+        ValueError: this is no compressed model, or its two halves do not belong together.
+    """
+    params, found = path_leaves(sparse["params"]) if "params" in sparse else {}, {}
+    for path, layer in layers(sparse).items():
+        if path not in params:
+            raise ValueError(f"'topology' has {path!r}, 'params' has not; pass both as `compress` returned them")
+        if layer.topology is not None:
+            found[path] = RowGrouped(params[path], layer.topology)
+    return found
+
+
+def nest(leaves: Mapping[str, Any]) -> dict[str, Any]:
+    """Builds nested dicts from paths."""
+    tree: dict[str, Any] = {}
+    for path, leaf in leaves.items():
+        *parents, name = path.split("/")
+        node = tree
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[name] = leaf
+    return tree
+
+
+def _check_untied(kernels: Mapping[str, Any], masks: Masks) -> None:
+    owner: dict[int, str] = {}
+    for path, leaf in kernels.items():
+        first = owner.setdefault(id(leaf), path)
+        if first != path and {first, path} & set(masks):
+            raise ValueError(
+                f"tied weights: {first!r} and {path!r} hold the same array of shape {np.shape(leaf)}; pruning one "
+                "would change the other. Map both to None in the plan, or give each its own copy"
+            )
+
+
+def _checked_weight(kernel: Any, mask: Mask, spec: LayerSpec) -> np.ndarray:
+    """The kernel as matrices (*batch, M, K), after checking it and its mask."""
+    kernel = np.asarray(kernel)
+    if not jnp.issubdtype(kernel.dtype, jnp.floating):
+        raise ValueError(f"{spec.path}: a kernel of shape {kernel.shape} must be floating, got {kernel.dtype}")
+    weight = spec.to_matrix(kernel)
+    if mask.shape != spec.matrix_shape or mask.kept.shape[:-2] != spec.batch_shape:
+        raise ValueError(
+            f"{spec.path}: expected a mask of (M, K) = {spec.matrix_shape} with leading axes {spec.batch_shape}, got "
+            f"{mask.shape} with {mask.kept.shape[:-2]}; compute it from the scores in the spec's `to_matrix` form"
+        )
+    bad = int((~np.isfinite(weight)).sum())
+    if bad:
+        raise ValueError(
+            f"{spec.path}: {bad} of the kernel's {weight.size} weights (shape {kernel.shape}) are NaN or infinite; "
+            "compress parameters from before the training diverged"
+        )
+    return weight
+
+
+def _why_dense(mask: Mask, spec: LayerSpec) -> str:
+    if mask.group_size == 1:
+        return f"{spec.pattern.name} is element-wise: no kernel"
+    kept = np.asarray(mask.kept).all(-1) | (np.asarray(mask.rows) >= mask.m).reshape(*mask.kept.shape[:-1], -1).all(-1)
+    return "nothing is pruned" if kept.all() else ""
