@@ -1,0 +1,172 @@
+"""The product of a row-grouped matrix and activations: validation, dispatch over the backends, derivatives."""
+
+import functools
+from types import ModuleType
+from typing import Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from pallas_kernels import xla
+from pallas_kernels.row_grouped import RowGrouped, Topology
+
+Layout = Literal["token_major", "feature_major"]
+LAYOUTS = ("token_major", "feature_major")
+ACTIVATIONS = {None: lambda y: y, "relu": jax.nn.relu, "gelu": jax.nn.gelu, "silu": jax.nn.silu}
+
+# A backend is a module with forward, grad_values, grad_input and prepare over 2-D activations.
+BACKENDS: dict[str, ModuleType] = {"xla": xla}
+# What `implementation=None` tries on each platform, fastest first; every other platform uses XLA.
+PREFERENCE: dict[str, tuple[str, ...]] = {}
+FALLBACK = ("xla",)
+
+
+class _Call(NamedTuple):
+    """The static half of a call."""
+
+    activation: str | None
+    layout: Layout
+    implementation: str | None
+    precision: lax.PrecisionLike
+
+
+def matmul(
+    matrix: RowGrouped,
+    x: jax.Array,
+    *,
+    bias: jax.Array | None = None,
+    activation: str | None = None,
+    layout: Layout = "token_major",
+    implementation: str | None = None,
+    precision: lax.PrecisionLike = None,
+) -> jax.Array:
+    """Computes activation(W x + bias) for a row-grouped W.
+
+    Differentiable in `matrix.values`, `x` and `bias`; `vmap` also maps over a stacked matrix. Accumulates in float32.
+
+    Args:
+        matrix: W, (M, K), canonical or from `prepare`.
+        x: activations, floating: (*tokens, K) token-major, (K, *tokens) feature-major.
+        bias: (M,) floating.
+        activation: None, "relu", "gelu" (the tanh approximation) or "silu".
+        layout: "token_major" or "feature_major", of the input and of the output.
+        implementation: a name in `BACKENDS`; None takes the fastest one of the platform that can do it.
+        precision: as in `jax.lax.dot_general`.
+
+    Returns:
+        (*tokens, M) token-major, (M, *tokens) feature-major, in the promoted dtype of the values and `x`.
+
+    Raises:
+        ValueError: a shape, a dtype or a name is wrong.
+        NotImplementedError: the implementation asked for by name cannot do this product.
+    """
+    _validate(matrix, x, bias, activation, layout, implementation)
+    topology, dtype = matrix.topology, jnp.result_type(matrix.values, x)
+    if layout == "token_major":
+        tokens, flat = x.shape[:-1], x.reshape(-1, topology.k)
+    else:
+        tokens, flat = x.shape[1:], x.reshape(topology.k, -1)
+    # Casting out here leaves the gradients' way back to the dtypes of the arguments to JAX.
+    values, flat, bias = jax.tree.map(lambda a: a.astype(dtype), (matrix.values, flat, bias))
+    y = _matmul(_Call(activation, layout, implementation, precision), topology, values, flat, bias)
+    return y.reshape(*tokens, topology.m) if layout == "token_major" else y.reshape(topology.m, *tokens)
+
+
+def prepare(matrix: RowGrouped, implementation: str | None = None) -> RowGrouped:
+    """Arranges a canonical matrix for one implementation, once and on the host. It stands for the same weights.
+
+    Args:
+        matrix: a canonical matrix; leading axes (stacked layers) are allowed.
+        implementation: a name in `BACKENDS`; None takes the first choice of the default backend's platform.
+
+    Returns:
+        The same matrix in the implementation's own arrangement. Only `matmul` and `to_dense` read it.
+
+    Raises:
+        ValueError: the implementation is unknown, or the matrix is prepared already.
+    """
+    _check_implementation(implementation)
+    if matrix.topology.counts is not None:
+        raise ValueError("the matrix is prepared already: prepare the canonical one, as compressed or loaded")
+    if implementation is not None:
+        return BACKENDS[implementation].prepare(matrix)
+    return _first_able(jax.default_backend(), "prepare", matrix)
+
+
+def _validate(matrix, x, bias, activation, layout, implementation) -> None:
+    topology = matrix.topology
+    if layout not in LAYOUTS:
+        raise ValueError(f"layout must be one of {LAYOUTS}, got {layout!r}")
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation must be one of {tuple(ACTIVATIONS)}, got {activation!r}")
+    _check_implementation(implementation)
+    if matrix.values.ndim != 2:
+        raise ValueError(
+            f"values of shape {matrix.values.shape} are a stacked matrix: map over its leading axes with jax.vmap"
+        )
+    if matrix.values.shape != (topology.num_slots, topology.group_size):
+        raise ValueError(
+            f"values must have shape {(topology.num_slots, topology.group_size)} (slots, group size) to fit their "
+            f"topology, got {matrix.values.shape}"
+        )
+    for name, array in (("values", matrix.values), ("x", x), ("bias", bias)):
+        if array is not None and not jnp.issubdtype(array.dtype, jnp.floating):
+            raise ValueError(f"{name} must be floating, got {array.dtype}: cast it first")
+    axis, wanted = (-1, f"(*tokens, {topology.k})") if layout == "token_major" else (0, f"({topology.k}, *tokens)")
+    if x.ndim == 0 or x.shape[axis] != topology.k:
+        raise ValueError(
+            f"x must have shape {wanted} in {layout} layout for a matrix of shape {matrix.shape}, got {x.shape}"
+        )
+    if bias is not None and bias.shape != (topology.m,):
+        raise ValueError(f"bias must have shape ({topology.m},) for a matrix of shape {matrix.shape}, got {bias.shape}")
+
+
+def _check_implementation(implementation: str | None) -> None:
+    if implementation is not None and implementation not in BACKENDS:
+        raise ValueError(f"implementation must be None or one of {tuple(BACKENDS)}, got {implementation!r}")
+
+
+def _first_able(platform: str, function: str, *args, **kwargs):
+    """Calls `function` of the first implementation of the platform that does not raise NotImplementedError."""
+    for name in PREFERENCE.get(platform, ()):
+        try:
+            return getattr(BACKENDS[name], function)(*args, **kwargs)
+        except NotImplementedError:
+            continue
+    return getattr(BACKENDS[FALLBACK[0]], function)(*args, **kwargs)
+
+
+def _dispatch(function: str, call: _Call, *args, **kwargs) -> jax.Array:
+    """Runs one backend function. The platform is chosen when lowering, so that export from a CPU works."""
+    kwargs |= {"layout": call.layout, "precision": call.precision}
+    if call.implementation is not None:
+        return getattr(BACKENDS[call.implementation], function)(*args, **kwargs)
+    branches = {p: functools.partial(_first_able, p, function, **kwargs) for p in PREFERENCE}
+    return lax.platform_dependent(*args, default=functools.partial(_first_able, "", function, **kwargs), **branches)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _matmul(call: _Call, topology: Topology, values: jax.Array, x: jax.Array, bias: jax.Array | None) -> jax.Array:
+    return _dispatch("forward", call, RowGrouped(values, topology), x, bias, activation=call.activation)
+
+
+def _matmul_fwd(call: _Call, topology, values, x, bias):
+    y = _dispatch("forward", call, RowGrouped(values, topology), x, bias, activation=None)
+    # With an activation its argument is the residual; without one nothing of the output is kept.
+    return ACTIVATIONS[call.activation](y), (topology, values, x, bias, None if call.activation is None else y)
+
+
+def _matmul_bwd(call: _Call, residuals, dy):
+    topology, values, x, bias, pre = residuals
+    if pre is not None:
+        dy = jax.vjp(ACTIVATIONS[call.activation], pre)[1](dy)[0]
+    dvalues = _dispatch("grad_values", call, topology, x, dy)
+    dx = _dispatch("grad_input", call, RowGrouped(values, topology), dy)
+    token_axis = 0 if call.layout == "token_major" else 1
+    dbias = None if bias is None else dy.sum(token_axis, dtype=jnp.promote_types(dy.dtype, jnp.float32))
+    return None, dvalues.astype(values.dtype), dx.astype(x.dtype), None if bias is None else dbias.astype(bias.dtype)
+
+
+_matmul.__wrapped__.defvjp(_matmul_fwd, _matmul_bwd)
