@@ -1,19 +1,24 @@
 """Sparsity patterns, masks and formats for Flax models that really run faster."""
 
-from shfl_jax import linen
+from shfl_jax import linen, nnx
 from shfl_jax.allocation import allocate, mask
+from shfl_jax.checkpoint import CheckpointError, load, save
+from shfl_jax.compress import LayerTopology, compress, decompress, prepare
 from shfl_jax.layers import LayerSpec
 from shfl_jax.masks import Mask, Masks
 from shfl_jax.paths import path_leaves, update_paths
 from shfl_jax.patterns import BW, NM, TW, VW, Pattern, ShflBW, Unstructured
 from shfl_jax.plan import Plan
+from shfl_jax.report import report
 
 __all__ = [
     "BW",
     "NM",
     "TW",
     "VW",
+    "CheckpointError",
     "LayerSpec",
+    "LayerTopology",
     "Mask",
     "Masks",
     "Pattern",
@@ -21,8 +26,15 @@ __all__ = [
     "ShflBW",
     "Unstructured",
     "allocate",
+    "compress",
+    "decompress",
     "linen",
+    "load",
     "mask",
+    "nnx",
     "path_leaves",
+    "prepare",
+    "report",
+    "save",
     "update_paths",
 ]

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import pallas_kernels
-from pallas_kernels.row_grouped import RowGrouped, Topology
+from pallas_kernels import RowGrouped, Topology
 from shfl_jax.layers import LayerSpec
 from shfl_jax.masks import Mask, Masks
 from shfl_jax.paths import path_leaves, update_paths
@@ -165,7 +165,7 @@ def _check_untied(kernels: Mapping[str, Any], masks: Masks) -> None:
             )
 
 
-def _checked_weight(kernel: Any, mask: Mask, spec: LayerSpec) -> np.ndarray:
+def _checked_weight(kernel: Any, mask: Mask, spec: LayerSpec) -> Any:
     """The kernel as matrices (*batch, M, K), after checking it and its mask."""
     kernel = np.asarray(kernel)
     if not jnp.issubdtype(kernel.dtype, jnp.floating):

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 import pallas_kernels
-from pallas_kernels.row_grouped import RowGrouped
+from pallas_kernels import RowGrouped
 from shfl_jax.layers import LayerSpec
 
 
@@ -30,7 +30,7 @@ def contract(
         x: the input, of the matrix's dtype.
         bias: (*batch, *features) or None.
         spec: the layer's spec, whose kernel axes are (inputs, outputs) beside its batch axes.
-        axis: axes of x that contract, in the order of the kernel's axes.
+        axis: axes of x that contract; in ascending order they are the kernel's inputs.
         features: shape of the outputs; their product is M.
         batch_dims: axes of x that number independent matrices.
         precision: as in `jax.lax.dot_general`.
@@ -48,8 +48,7 @@ def contract(
             f"{spec.path} {spec.shape}: a compressed layer reads its kernel as (inputs, outputs), but the spec has "
             f"in_axes {spec.in_axes} and out_axes {spec.out_axes}. Map it to None in the plan to keep it dense"
         )
-    axis = [a % x.ndim for a in axis]
-    batch_dims = [a % x.ndim for a in batch_dims]
+    axis, batch_dims = (sorted(a % x.ndim for a in axes) for axes in (axis, batch_dims))  # as Flax does
     if matrix.values.ndim - 2 != len(batch_dims):
         raise ValueError(
             f"{spec.path}: a stack of matrices (values {matrix.values.shape}) reached a layer that runs "

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from pallas_kernels.row_grouped import RowGrouped
+from pallas_kernels import RowGrouped
 from shfl_jax.axes import contraction_axes, split_arrays, tie_batch_axes
 from shfl_jax.compress import layers, matrices
 from shfl_jax.contraction import contract, moved_batch_axes

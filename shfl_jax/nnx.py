@@ -6,7 +6,7 @@ from typing import Any
 import jax
 from flax import nnx
 
-from pallas_kernels.row_grouped import RowGrouped
+from pallas_kernels import RowGrouped
 from shfl_jax.axes import contraction_axes, split_arrays, tie_batch_axes
 from shfl_jax.compress import compress, layers, matrices
 from shfl_jax.contraction import contract, moved_batch_axes
