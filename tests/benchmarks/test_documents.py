@@ -1,0 +1,46 @@
+import json
+
+import pytest
+
+from benchmarks import documents
+
+SPEC = {"file": "cpu/x.json", "where": {"op": ["a", "b"]}, "sort": ["t"], "columns": {"op": "{op}", "µs": "{t:.1f}"}}
+
+
+@pytest.fixture
+def results(tmp_path):
+    (tmp_path / "cpu").mkdir()
+    records = [{"op": "b", "t": 2.25}, {"op": "a", "t": 1}, {"op": "c", "t": 0}]
+    (tmp_path / "cpu" / "x.json").write_text(json.dumps({"records": records}))
+    return tmp_path
+
+
+def test_table_selects_sorts_and_formats(results):
+    assert documents.table(SPEC, results) == "| op | µs |\n| --- | --- |\n| a | 1.0 |\n| b | 2.2 |\n"
+
+
+def test_fill_replaces_only_the_block_and_is_idempotent(results):
+    text = f"before\n<!-- table {json.dumps(SPEC)} -->\nold\n<!-- end table -->\nafter\n"
+    filled = documents.fill(text, results)
+    assert filled.startswith("before\n<!-- table")
+    assert filled.endswith("<!-- end table -->\nafter\n")
+    assert "old" not in filled
+    assert "| a | 1.0 |" in filled
+    assert documents.fill(filled, results) == filled
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"file": "cpu/none.json"}, "does not exist"),
+        ({"where": {"op": "z"}}, "no record"),
+        ({"columns": {"op": "{missing}"}}, "missing"),
+    ],
+)
+def test_errors_name_the_file_and_the_fault(results, change, message):
+    with pytest.raises(ValueError, match=message):
+        documents.table(SPEC | change, results)
+
+
+def test_the_tables_of_this_project_are_up_to_date():
+    assert documents.main(["--check"]) == 0
