@@ -120,7 +120,7 @@ def _decide(path: str, shape: tuple[int, ...], uses: list[_Use]) -> Axes:
     others = [use for use in uses if use.axes is None]
     if len(found) == 1 and not others:
         return found.pop()
-    unknown = all(use.what in _CALLS_WITHOUT_JAXPR for use in uses)
+    unknown = bool(uses) and all(use.what in _CALLS_WITHOUT_JAXPR for use in uses)
     if unknown and len(shape) == 2:
         return Axes((), (0,), (1,))  # Flax's own convention for a matrix: (in, out)
     if not uses:

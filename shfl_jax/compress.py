@@ -39,8 +39,8 @@ class LayerTopology:
 def compress(params: Any, masks: Masks, *, tokens: int | Sequence[int] = ()) -> dict[str, Any]:
     """Stores every pruned kernel as a row-grouped matrix. On the host, because sizes depend on the masks.
 
-    Two kinds of layers stay dense, with their pruned weights set to zero: those whose mask keeps everything, and those
-    of element-wise patterns (group_size 1), which have no kernel.
+    Some layers stay dense, with their pruned weights set to zero: those whose mask keeps everything or nothing, and
+    those of element-wise patterns (group_size 1), which have no kernel.
 
     Args:
         params: the parameter tree: nested dicts of Linen or an `nnx.State`.
@@ -73,7 +73,7 @@ def compress(params: Any, masks: Masks, *, tokens: int | Sequence[int] = ()) -> 
             values[spec.path] = spec.from_matrix(jnp.where(mask.elements(), weight, 0))
             topology[spec.path] = LayerTopology(None, spec, reason, tokens)
         else:
-            matrix = pallas_kernels.from_dense(weight, mask.rows, mask.kept)
+            matrix = _told_apart(pallas_kernels.from_dense(weight, mask.rows, mask.kept))
             values[spec.path] = matrix.values
             topology[spec.path] = LayerTopology(matrix.topology, spec, "", tokens)
     return {"params": update_paths(params, values), "topology": nest(topology)}
@@ -185,8 +185,30 @@ def _checked_weight(kernel: Any, mask: Mask, spec: LayerSpec) -> Any:
     return weight
 
 
+def _told_apart(matrix: RowGrouped) -> RowGrouped:
+    """Makes a stack of unequal counts look like one: R * max_count slots are taken for equal counts.
+
+    The longest slice can have that number by chance. One more slot of padding tells the two apart.
+    """
+    topology = matrix.topology
+    counts = np.diff(np.asarray(topology.group_ptr), axis=-1)
+    if not topology.equal_counts or (counts == topology.max_count).all():
+        return matrix
+    ends = [(0, 0)] * (counts.ndim - 1)
+    return pallas_kernels.row_grouped(
+        jnp.pad(matrix.values, [*ends, (0, 1), (0, 0)]),
+        jnp.pad(topology.columns, [*ends, (0, 1)], constant_values=topology.k),
+        topology.group_ptr,
+        topology.rows,
+        m=topology.m,
+        k=topology.k,
+    )
+
+
 def _why_dense(mask: Mask, spec: LayerSpec) -> str:
     if mask.group_size == 1:
         return f"{spec.pattern.name} is element-wise: no kernel"
+    if not np.asarray(mask.kept).any():
+        return "everything is pruned"
     kept = np.asarray(mask.kept).all(-1) | (np.asarray(mask.rows) >= mask.m).reshape(*mask.kept.shape[:-1], -1).all(-1)
     return "nothing is pruned" if kept.all() else ""
