@@ -1,6 +1,7 @@
 """Checkpoints of compressed models: an Orbax checkpoint of the arrays beside a JSON header that describes them.
 
-    PATH/header.json       format version, pattern and sizes of every layer, shape, dtype and checksum of every array
+    PATH/header.json       format version, pattern and sizes of every layer, shape and dtype of every array,
+                           size and checksum of every file below
     PATH/arrays.<token>/   the Orbax checkpoint that the header names
 
 A save writes new arrays first and then replaces the header in one step, so a save that stops leaves the old one valid.
@@ -67,10 +68,7 @@ def save(path: str | os.PathLike[str], sparse: Mapping[str, Any]) -> None:
         "directory": directory,
         "layers": {name: _describe(layer) for name, layer in found.items()},
         "arrays": {
-            name: {
-                key: {"shape": array.shape, "dtype": array.dtype.name, "crc32": _crc(array)}
-                for key, array in tree.items()
-            }
+            name: {key: {"shape": array.shape, "dtype": array.dtype.name} for key, array in tree.items()}
             for name, tree in arrays.items()
         },
     }
@@ -78,6 +76,7 @@ def save(path: str | os.PathLike[str], sparse: Mapping[str, Any]) -> None:
     try:
         with ocp.StandardCheckpointer() as checkpointer:
             checkpointer.save(path / directory, {name: nest(tree) for name, tree in arrays.items() if tree})
+        header["files"] = {str(file.relative_to(path)): _stamp(file) for file in _files(path / directory)}
         written = path / f"{directory}.json"
         written.write_text(json.dumps({**header, "crc32": _crc_of_header(header)}, indent=1))
         os.replace(written, path / _HEADER)
@@ -103,6 +102,7 @@ def load(path: str | os.PathLike[str]) -> dict[str, Any]:
     """
     path = Path(path).absolute()
     header = _read_header(path)
+    _check_files(path, header["files"])
     stored = path / header["directory"]
     targets = {
         name: {
@@ -116,14 +116,10 @@ def load(path: str | os.PathLike[str]) -> dict[str, Any]:
     try:
         with ocp.StandardCheckpointer() as checkpointer:
             restored = checkpointer.restore(stored, abstract)
-    except Exception as error:  # Orbax and TensorStore raise many kinds for missing, truncated or foreign files
-        raise CheckpointError(f"{stored} is damaged or incomplete; save the model again ({error})") from error
+    except Exception as error:  # Orbax and TensorStore raise many kinds for files that do not fit the header
+        raise CheckpointError(f"{stored} does not hold what the header says; save the model again ({error})") from error
     trees = {name: {} for name in header["arrays"]} | restored
     flat = {name: path_leaves(tree) for name, tree in trees.items()}
-    for name, tree in header["arrays"].items():
-        for key, entry in tree.items():
-            if _crc(np.asarray(flat[name][key])) != entry["crc32"]:
-                raise CheckpointError(f"{stored}: the array {name}/{key} has a wrong checksum; save the model again")
     topology = {}
     for name, entry in header["layers"].items():
         try:
@@ -177,12 +173,38 @@ def _read_header(path: Path) -> dict[str, Any]:
 
 
 def _check_place(path: Path) -> None:
-    if path.exists() and (not path.is_dir() or (any(path.iterdir()) and not any(path.glob("arrays.*")))):
+    ours = (path / _HEADER, *path.glob("arrays.*"))
+    if path.exists() and (not path.is_dir() or (any(path.iterdir()) and not any(entry.exists() for entry in ours))):
         raise CheckpointError(f"{path} holds something else than a checkpoint; choose another path")
 
 
-def _crc(array: np.ndarray) -> int:
-    return zlib.crc32(np.ascontiguousarray(array).view(np.uint8).data if array.size else b"")
+def _files(directory: Path) -> list[Path]:
+    return sorted(file for file in directory.rglob("*") if file.is_file())
+
+
+def _stamp(file: Path) -> dict[str, int]:
+    """Size and checksum of a file."""
+    checksum = 0
+    with file.open("rb") as stream:
+        while chunk := stream.read(2**24):
+            checksum = zlib.crc32(chunk, checksum)
+    return {"bytes": file.stat().st_size, "crc32": checksum}
+
+
+def _check_files(path: Path, files: dict[str, dict[str, int]]) -> None:
+    """Checks all files before Orbax reads them: it does not notice every damage, nor name the file."""
+    for name, stamp in files.items():
+        try:
+            found = _stamp(path / name)
+        except OSError as error:
+            raise CheckpointError(
+                f"{path / name} is missing or cannot be read; save the model again ({error})"
+            ) from error
+        if found != stamp:
+            raise CheckpointError(
+                f"{path / name} is damaged: expected {stamp['bytes']} bytes with checksum {stamp['crc32']}, found "
+                f"{found['bytes']} with {found['crc32']}; save the model again"
+            )
 
 
 def _crc_of_header(header: dict[str, Any]) -> int:
