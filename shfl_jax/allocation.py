@@ -1,5 +1,6 @@
 """The two stages of pruning: how many units every layer keeps, and which."""
 
+import functools
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
@@ -70,9 +71,11 @@ def mask(
     if scores.ndim < 2 or not jnp.issubdtype(scores.dtype, jnp.floating):
         raise ValueError(f"scores must be a floating (..., M, K) array, got {scores.dtype} of shape {scores.shape}")
     count = pattern.count(scores.shape[-2:]) if count is None else jnp.asarray(count, jnp.int32)
+    return _mask(scores, pattern, jnp.broadcast_to(count, scores.shape[:-2]), previous)
+
+
+@functools.partial(jax.jit, static_argnames="pattern")
+def _mask(scores: jax.Array, pattern: Pattern, counts: jax.Array, previous: Mask | None) -> Mask:
     if scores.ndim == 2:
-        return pattern.mask(scores, count, previous)
-    counts = jnp.broadcast_to(count, scores.shape[:-2])
-    if previous is None:
-        return jax.vmap(lambda s, c: mask(s, pattern, c))(scores, counts)
-    return jax.vmap(lambda s, c, p: mask(s, pattern, c, p))(scores, counts, previous)
+        return pattern.mask(scores, counts, previous)
+    return jax.vmap(lambda s, c, p: _mask(s, pattern, c, p))(scores, counts, previous)

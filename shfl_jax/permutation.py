@@ -4,61 +4,89 @@ A grouping is an (R, V) int32 array: the rows of every group, with the sentinel 
 lacks.
 """
 
+import functools
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 
 HIGHEST = jax.lax.Precision.HIGHEST
+GRAM_ROWS = 16384
+"""Up to this many rows all inner products are computed once and kept (1 GiB at most), beyond it as they are needed."""
+CANDIDATES = 8
+"""Rows of each side considered for a swap."""
+
+Products = Callable[[jax.Array, jax.Array], jax.Array]
+"""Inner products of rows: indices (..., A) and (..., B) to (..., A, B) float32; 0 for the sentinel."""
 
 
+@functools.partial(jax.jit, static_argnames=("group_size", "seeds", "restarts", "sweeps", "swaps"))
 def kmeans(
     features: jax.Array,
     group_size: int,
     key: jax.Array,
     *,
     start: jax.Array | None = None,
+    seeds: int | None = None,
     restarts: int = 2,
-    sweeps: int = 12,
+    sweeps: int = 8,
+    swaps: int = 4,
 ) -> jax.Array:
     """Size-constrained K-means: groups of exactly V rows with the least squared distance to the groups' means.
 
-    Every restart seeds R centres (k-means++), assigns rows greedily under the capacity V, and refines the grouping by
-    2-means on pairs of groups: for the centres of a pair, the best balanced split of its 2 V rows is a sort. A sweep
-    visits every pair once, R / 2 disjoint pairs at a time, so the objective never rises; a sweep that moves no row ends
+    R centres are seeded (k-means++) and rows assigned greedily under the capacity V, several times; all groupings are
+    refined on pairs of groups for two sweeps, the best ones to the end. For the means of a pair the best balanced split
+    of its 2 V rows is a sort (2-means); then single rows are swapped where that lowers the true objective. A sweep
+    visits every pair once, R / 2 disjoint pairs at a time, and never raises the objective; one that moves no row ends
     the search early.
 
     Args:
-        features: (M, D) floating. Memory is a few copies of it, computed in float32.
+        features: (M, D) floating, computed with in float32.
         group_size: V; if it does not divide M, the last group is smaller.
         key: of the random seeds.
         start: (R, V) int32, a grouping that is refined as one more start.
-        restarts: number of seeded starts.
+        seeds: number of seeded groupings; 16 for up to 256 rows, fewer for more, at least 4, unless given.
+        restarts: how many of them, the best, are refined to the end.
         sweeps: the most sweeps over all pairs of one start.
+        swaps: the most swaps of single rows in a pair a sweep.
 
     Returns:
         (R, V) int32, rows ascending within a group, groups ascending by their first row (a smaller one last).
     """
-    features = features.astype(jnp.float32)
-    num_groups = -(-features.shape[0] // group_size)
+    features = jnp.asarray(features, jnp.float32)
+    m = features.shape[0]
+    num_groups = -(-m // group_size)
     if num_groups == 1:
-        return _grouping(jnp.zeros(features.shape[0], jnp.int32), 1, group_size)
+        return _grouping(jnp.zeros(m, jnp.int32), 1, group_size)
+    seeds = min(16, max(4, 4096 // m)) if seeds is None else seeds
+    products = _products(features)
+    norms = jnp.sum(features**2, axis=1)
 
     def seeded(key: jax.Array) -> jax.Array:
-        centers = _spread_rows(features, num_groups, key)
-        return _assign_greedily(features, features[centers], group_size)
+        centers = _spread_rows(products, norms, num_groups, key)
+        distance = norms[centers] - 2 * products(jnp.arange(m), centers)
+        return _assign_greedily(distance, group_size)
 
-    starts = jax.lax.map(seeded, jax.random.split(key, restarts))
+    def cost(grouping: jax.Array) -> jax.Array:
+        return inertia(features, grouping)
+
+    def refine(starts: jax.Array, sweeps: int) -> jax.Array:
+        return jax.lax.map(lambda grouping: _exchange(products, grouping, m, sweeps, swaps), starts)
+
+    starts = refine(jax.lax.map(seeded, jax.random.split(key, seeds)), 2)
+    starts = starts[jnp.argsort(jax.lax.map(cost, starts), stable=True)[:restarts]]
     if start is not None:
         starts = jnp.concatenate([start[None], starts])
-    groupings = jax.lax.map(lambda grouping: _exchange(features, grouping, sweeps), starts)
-    costs = jax.lax.map(lambda grouping: inertia(features, grouping), groupings)
-    return sort_groups(groupings[jnp.argmin(costs)], features.shape[0])
+    groupings = refine(starts, sweeps)
+    return sort_groups(groupings[jnp.argmin(jax.lax.map(cost, groupings))], m)
 
 
 def inertia(features: jax.Array, grouping: jax.Array) -> jax.Array:
     """The K-means objective: the sum of squared distances of rows (M, D) to their group's mean, float32 scalar."""
-    members, real = _members(features.astype(jnp.float32), grouping)
-    distance = jnp.where(real[..., None], members - _mean(members, real)[:, None], 0)
-    return jnp.sum(jnp.sum(distance**2, axis=(1, 2)))
+    features = jnp.asarray(features, jnp.float32)
+    members, real = features.at[grouping].get(mode="fill", fill_value=0), (grouping < features.shape[0])[..., None]
+    mean = members.sum(1, keepdims=True) / jnp.maximum(real.sum(1, keepdims=True), 1)
+    return jnp.sum(jnp.sum(jnp.where(real, members - mean, 0) ** 2, axis=(1, 2)))
 
 
 def sort_groups(grouping: jax.Array, m: int) -> jax.Array:
@@ -68,13 +96,16 @@ def sort_groups(grouping: jax.Array, m: int) -> jax.Array:
     return grouping[jnp.argsort(first, stable=True)]
 
 
-def _members(features: jax.Array, grouping: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The rows of every group, zero in empty slots: (..., V, D), and which slots are real: (..., V)."""
-    return features.at[grouping].get(mode="fill", fill_value=0), grouping < features.shape[0]
+def _products(features: jax.Array) -> Products:
+    if features.shape[0] <= GRAM_ROWS:
+        gram = jnp.matmul(features, features.T, precision=HIGHEST)
+        return lambda a, b: gram.at[a[..., :, None], b[..., None, :]].get(mode="fill", fill_value=0)
 
+    def products(a: jax.Array, b: jax.Array) -> jax.Array:
+        left, right = (features.at[rows].get(mode="fill", fill_value=0) for rows in (a, b))
+        return jnp.einsum("...ad,...bd->...ab", left, right, precision=HIGHEST)
 
-def _mean(members: jax.Array, real: jax.Array) -> jax.Array:
-    return members.sum(-2) / jnp.maximum(real.sum(-1), 1)[..., None]
+    return products
 
 
 def _grouping(labels: jax.Array, num_groups: int, group_size: int) -> jax.Array:
@@ -88,27 +119,25 @@ def _grouping(labels: jax.Array, num_groups: int, group_size: int) -> jax.Array:
     return jnp.where(slot < sizes[:, None], grouping, m)
 
 
-def _spread_rows(features: jax.Array, count: int, key: jax.Array) -> jax.Array:
+def _spread_rows(products: Products, norms: jax.Array, count: int, key: jax.Array) -> jax.Array:
     """k-means++ seeds: rows drawn with a chance proportional to the squared distance to those already drawn."""
-    m = features.shape[0]
-    norms = jnp.sum(features**2, axis=1)
-    noise = jax.random.gumbel(key, (count, m))
+    every = jnp.arange(norms.shape[0], dtype=jnp.int32)
+    noise = jax.random.gumbel(key, (count, norms.shape[0]))
 
     def draw(i: jax.Array, state: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         rows, distance = state
-        # Log of a distance of zero is -inf: a row equal to a seed is drawn only if all are, and then by index.
+        # The log of a distance of zero is -inf: a row equal to a seed is drawn only if all are.
         row = jnp.argmax(noise[i] + jnp.log(distance)).astype(jnp.int32)
-        product = jnp.matmul(features, features[row], precision=HIGHEST)
-        return rows.at[i].set(row), jnp.minimum(distance, jnp.maximum(norms - 2 * product + norms[row], 0))
+        to_row = norms - 2 * products(every, row[None])[:, 0] + norms[row]
+        return rows.at[i].set(row), jnp.minimum(distance, jnp.maximum(to_row, 0))
 
     rows = jnp.zeros(count, jnp.int32)
-    return jax.lax.fori_loop(0, count, draw, (rows, jnp.ones(m, jnp.float32)))[0]
+    return jax.lax.fori_loop(0, count, draw, (rows, jnp.ones_like(norms)))[0]
 
 
-def _assign_greedily(features: jax.Array, centers: jax.Array, group_size: int) -> jax.Array:
-    """Gives every row its nearest centre that has room, rows with the most to lose first: (R, V) grouping."""
-    m, num_groups = features.shape[0], centers.shape[0]
-    distance = jnp.sum(centers**2, axis=1) - 2 * jnp.matmul(features, centers.T, precision=HIGHEST)
+def _assign_greedily(distance: jax.Array, group_size: int) -> jax.Array:
+    """Gives every row its nearest centre that has room, rows with the most to lose first: (M, R) to a grouping."""
+    m, num_groups = distance.shape
     two_nearest = -jax.lax.top_k(-distance, 2)[0]
     order = jnp.argsort(two_nearest[:, 0] - two_nearest[:, 1], stable=True)
     # The last group is the smaller one.
@@ -122,25 +151,23 @@ def _assign_greedily(features: jax.Array, centers: jax.Array, group_size: int) -
     return _grouping(jnp.zeros(m, jnp.int32).at[order].set(groups), num_groups, group_size)
 
 
-def _exchange(features: jax.Array, grouping: jax.Array, sweeps: int) -> jax.Array:
-    """Refines a grouping by 2-means on pairs of groups, sweep after sweep until none moves a row."""
-    m, (num_groups, v) = features.shape[0], grouping.shape
-    # An odd number of groups plays against an empty one; a round-robin has one round fewer than it has players.
+def _exchange(products: Products, grouping: jax.Array, m: int, sweeps: int, swaps: int) -> jax.Array:
+    """Refines a grouping on pairs of groups, sweep after sweep until none moves a row."""
+    num_groups, v = grouping.shape
+    # A round-robin tournament. An odd number of groups plays against an empty one.
     players = num_groups + num_groups % 2
     grouping = jnp.pad(grouping, ((0, players - num_groups), (0, 0)), constant_values=m)
     seat = jnp.arange(1, players // 2)
 
     def play(i: jax.Array, grouping: jax.Array) -> jax.Array:
         left, right = (i + seat) % (players - 1), (i - seat) % (players - 1)
-        # The last player meets the one that is left over. The smaller group is always second, so that sentinels,
-        # which sort last, stay with it.
+        # A smaller group comes second in its pair, so that the sentinels, which sort last, stay with it.
         first = jnp.concatenate([i[None], jnp.minimum(left, right)])
         second = jnp.concatenate([jnp.full(1, players - 1, first.dtype), jnp.maximum(left, right)])
         rows = jnp.concatenate([grouping[first], grouping[second]], axis=1)
-        members, real = _members(features, rows)
-        axis = _mean(members[:, :v], real[:, :v]) - _mean(members[:, v:], real[:, v:])
-        pull = jnp.einsum("gvd,gd->gv", members, axis, precision=HIGHEST)
-        order = jnp.argsort(jnp.where(real, -pull, jnp.inf), axis=1, stable=True)
+        real = rows < m
+        chosen = _split(products(rows, rows), real, v, swaps)
+        order = jnp.argsort(jnp.where(chosen, 0, jnp.where(real, 1, 2)), axis=1, stable=True)
         rows = jnp.take_along_axis(rows, order, axis=1)
         return grouping.at[first].set(rows[:, :v]).at[second].set(rows[:, v:])
 
@@ -155,3 +182,50 @@ def _exchange(features: jax.Array, grouping: jax.Array, sweeps: int) -> jax.Arra
 
     grouping, _, _ = jax.lax.while_loop(unfinished, sweep, (grouping, jnp.int32(0), jnp.bool_(True)))
     return grouping[:num_groups]
+
+
+def _split(gram: jax.Array, real: jax.Array, v: int, swaps: int) -> jax.Array:
+    """Splits the rows of pairs of groups anew.
+
+    Args:
+        gram: (G, 2V, 2V) inner products; the first V slots are those of a pair's first group.
+        real: (G, 2V) bool, False in empty slots.
+        v: V.
+        swaps: the most swaps of single rows.
+
+    Returns:
+        (G, 2V) bool, True for rows of the first group, as many as before.
+    """
+    slot, pair = jnp.arange(2 * v), jnp.arange(gram.shape[0])[:, None]
+    first = real & (slot < v)
+    size = first.sum(1, keepdims=True)
+    weights = 1 / jnp.maximum(size, 1), 1 / jnp.maximum(real.sum(1, keepdims=True) - size, 1)
+
+    def pull(first: jax.Array) -> jax.Array:
+        """Inner product of every row with the difference of the two means."""
+        signed = jnp.where(first, weights[0], jnp.where(real, -weights[1], 0))
+        return jnp.einsum("gab,gb->ga", gram, signed, precision=HIGHEST)
+
+    order = jnp.argsort(jnp.where(real, -pull(first), jnp.inf), axis=1, stable=True)
+    first = jnp.zeros_like(first).at[pair, order].set(slot < size)
+
+    # Exchanging row a of the first group for b changes the sum of squared distances by
+    # -2 <b - a, difference of the means> - |b - a|^2 (1/n + 1/n').
+    norms = jnp.diagonal(gram, axis1=1, axis2=2)
+    both = weights[0] + weights[1]
+    few = min(CANDIDATES, v)
+    least = 1e-5 * norms.max(1) * both[:, 0]
+
+    def swap(_: jax.Array, first: jax.Array) -> jax.Array:
+        p = pull(first)
+        out_gain, out = jax.lax.top_k(jnp.where(first, norms * both - 2 * p, -jnp.inf), few)
+        in_gain, into = jax.lax.top_k(jnp.where(real & ~first, norms * both + 2 * p, -jnp.inf), few)
+        between = gram[pair[..., None], out[:, :, None], into[:, None, :]]
+        gain = out_gain[:, :, None] + in_gain[:, None, :] - 2 * both[..., None] * between
+        gain = gain.reshape(-1, few * few)
+        best = jnp.argmax(gain, axis=1)[:, None]
+        leaving, coming = (jnp.take_along_axis(x, i, axis=1) for x, i in ((out, best // few), (into, best % few)))
+        worth = jnp.take_along_axis(gain, best, axis=1) > least[:, None]
+        return first ^ (worth & ((slot == leaving) | (slot == coming)))
+
+    return jax.lax.fori_loop(0, swaps, swap, first)

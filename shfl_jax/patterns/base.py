@@ -131,6 +131,7 @@ def rank_keys(scores: jax.Array) -> jax.Array:
     return jax.lax.bitcast_convert_type(jnp.abs(scores.astype(jnp.float32)), jnp.int32)
 
 
+@jax.jit
 def top(keys: jax.Array, budget: jax.Array | int, costs: jax.Array | None = None) -> jax.Array:
     """The longest ranked prefix whose cost stays within a budget.
 
@@ -179,7 +180,7 @@ def field_error(pattern: Pattern, field: str, rule: str) -> ValueError:
 
 def sums_of_rows(scores: jax.Array, rows: jax.Array, group_size: int) -> jax.Array:
     """Sums of scores (M, K) over the rows of every group: (R, K) float32. `rows` (R * V,) may hold sentinels M."""
-    members = scores.at[rows].get(mode="fill", fill_value=0).astype(jnp.float32)
+    members = jnp.asarray(scores, jnp.float32).at[rows].get(mode="fill", fill_value=0)
     return members.reshape(-1, group_size, scores.shape[1]).sum(1)
 
 
