@@ -6,11 +6,9 @@ pruned, while the dense model trains on for as many steps. The pruned models are
 
 import argparse
 import dataclasses
-import datetime
 import functools
 import importlib.util
 import json
-import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -19,22 +17,19 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.table import Table
 
 import shfl_jax
 import training
 from shfl_jax import BW, VW, Pattern, ShflBW, Unstructured
-from training import figures, loop, text
+from training import compare, figures, loop, text
 from training.gpt import GPT
 from training.losses import bits_per_token
 
 PRUNED = r"(.*/)?(mlp|attn)/.*"
 """The layers that are pruned: all projections of attention and MLP."""
-TIMED_BATCH, TIMED_RUNS = 16, 20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,7 +90,7 @@ def _equal(sparsity: float, v: int) -> tuple[tuple[str, Pattern], ...]:
 
 PRESETS = {
     "cpu": Preset(GPT(0), 8, 1800, 750, 30, 10, 1e-3, _equal(0.75, 64)),
-    "smoke": Preset(GPT(0, 32, 64, 1, 2, 128), 8, 60, 60, 12, 20, 3e-3, _equal(0.75, 16)),
+    "smoke": Preset(GPT(0, 32, 64, 1, 2, 64), 8, 60, 60, 12, 20, 3e-3, _equal(0.75, 16)),
     "gpu": Preset(
         GPT(0, 256, 512, 6, 8, 2048, 0.2, jnp.bfloat16),
         32,
@@ -114,46 +109,6 @@ PRESETS = {
         seeds=3,
     ),
 }
-
-
-@dataclasses.dataclass(frozen=True)
-class Run:
-    """A trained model.
-
-    Attributes:
-        label: how tables call it.
-        seed: of initialisation, data and dropout.
-        pattern: None if dense.
-        params: trained parameters, on the device.
-        masks: None if dense.
-        bits: validation bits per character.
-        curve: (step, validation bits per character on a part of the text).
-    """
-
-    label: str
-    seed: int
-    pattern: Pattern | None
-    params: Any
-    masks: shfl_jax.Masks | None
-    bits: float
-    curve: tuple[tuple[int, float], ...]
-
-
-@dataclasses.dataclass(frozen=True)
-class Measurement:
-    """A compressed model that was saved and loaded, or the dense one: bytes of its pruned layers, and forward time.
-
-    Attributes:
-        nbytes: values and integers of the pruned layers.
-        time_us: median time of a forward pass.
-        error: largest difference of logits to those of the masked dense model, relative to the largest logit.
-        sparsity: fraction of pruned weights.
-    """
-
-    nbytes: int
-    time_us: float
-    error: float
-    sparsity: float
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -176,23 +131,25 @@ def main(argv: list[str] | None = None) -> int:
     options.out.mkdir(parents=True, exist_ok=True)
     baseline = text.markov_bits(data)
     console.print(
-        f"A GPT of {preset.model.layers} layers, d_model {preset.model.d_model}, on {_device()}; {len(data.train):,} "
-        f"characters to train on, {len(data.validation):,} to validate; {preset.steps} steps for every model."
+        f"A GPT of {preset.model.layers} layers, d_model {preset.model.d_model}, on {compare.device()}; "
+        f"{len(data.train):,} characters to train on, {len(data.validation):,} to validate; {preset.steps} steps for "
+        "every model."
     )
     seeds = range(options.seed, options.seed + preset.seeds)
     with _progress(console) as progress:
         runs = [run for seed in seeds for run in train_all(preset, data, seed, progress)]
-    measured = measure([run for run in runs if run.seed == options.seed], preset, options.out)
-    console.print(table(runs, measured))
+    measured = compare.measure([run for run in runs if run.seed == options.seed], preset.model, options.out)
+    console.print(compare.table(runs, measured))
     console.print(
-        f"An add-delta order-3 character model needs {baseline:.3f} bits. Speed-up: forward pass of {TIMED_BATCH} x "
-        f"{preset.model.context} characters under jit, timings interleaved, median of {TIMED_RUNS}. "
+        f"An add-delta order-3 character model needs {baseline:.3f} bits. Speed-up: forward pass of "
+        f"{compare.TIMED_BATCH} x {preset.model.context} characters under jit, timings interleaved, "
+        f"median of {compare.TIMED_RUNS}. "
         "'equal': every row group keeps as many columns, in Shfl-BW and VW alike."
     )
     errors = {label: m.error for label, m in measured.items() if label != "dense"}
     for label, error in errors.items():
         console.print(f"{label}: logits of the compressed model differ from the masked dense ones by {error:.1e}")
-    record = results(runs, measured, preset, options.preset, baseline)
+    record = {"preset": options.preset, **compare.results(runs, measured, preset.model, preset.steps, baseline)}
     (options.out / "demo.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     drawn = "demo.json and demo.png"
     if importlib.util.find_spec("matplotlib") is None:
@@ -210,11 +167,12 @@ def _training(preset: Preset) -> tuple[Callable, Callable, dict[str, optax.Gradi
 
     def loss(params: Any, windows: jax.Array, key: jax.Array) -> jax.Array:
         logits = model.apply({"params": params}, windows[:, :-1], True, rngs={"dropout": key})
-        return bits_per_token(logits, windows[:, 1:])
+        return bits_per_token(jnp.asarray(logits), windows[:, 1:]).mean()
 
     @jax.jit
-    def validation_loss(params: Any, windows: jax.Array) -> jax.Array:
-        return bits_per_token(model.apply({"params": params}, windows[:, :-1]), windows[:, 1:])
+    def validation_losses(params: Any, windows: jax.Array) -> jax.Array:
+        logits = model.apply({"params": params}, windows[:, :-1])
+        return bits_per_token(jnp.asarray(logits), windows[:, 1:])
 
     example = jnp.zeros((1, model.context), jnp.int32)
     specs = {
@@ -224,12 +182,12 @@ def _training(preset: Preset) -> tuple[Callable, Callable, dict[str, optax.Gradi
     base = preset.optimizer()
     schedule = training.cubic(*preset.window, preset.every)
     pruners = {label: training.prune(base, specs[label], schedule) for label in specs}
-    return loss, validation_loss, {"dense": base, **pruners}, specs
+    return loss, validation_losses, {"dense": base, **pruners}, specs
 
 
-def train_all(preset: Preset, data: text.Text, seed: int, progress: Progress) -> Iterator[Run]:
+def train_all(preset: Preset, data: text.Text, seed: int, progress: Progress) -> Iterator[compare.Run]:
     """Trains the dense model and, from its state after `dense_steps`, every pattern: all see the same batches."""
-    loss, validation_loss, optimizers, _ = _training(preset)
+    loss, validation_losses, optimizers, _ = _training(preset)
     context = preset.model.context
     validation = text.windows(data.validation, context)
     part = validation[:: max(1, len(validation) // 64)][:64]
@@ -244,7 +202,7 @@ def train_all(preset: Preset, data: text.Text, seed: int, progress: Progress) ->
             state, losses = block(state, codes, key, steps=preset.block)
             progress.update(bar, advance=preset.block, loss=f"{float(losses.mean()):.2f} bits")
             if done % every == 0 or done == steps:
-                curve.append((int(state.step), loop.evaluate(validation_loss, state.params, part, 64)))
+                curve.append((int(state.step), loop.evaluate(validation_losses, state.params, part, 64)))
         return state
 
     bars = {"": progress.add_task(f"dense{suffix}", total=preset.dense_steps, loss="")}
@@ -252,183 +210,31 @@ def train_all(preset: Preset, data: text.Text, seed: int, progress: Progress) ->
     for label in patterns:
         name = "dense, trained on" if label == "dense" else f"{label}, pruning"
         bars[label] = progress.add_task(f"{name}{suffix}", total=preset.prune_steps, loss="", start=False)
-    params = preset.model.init(init_key, jnp.zeros((1, context), jnp.int32))["params"]
+    params = jax.jit(preset.model.init)(init_key, jnp.zeros((1, context), jnp.int32))["params"]
     shared: list[tuple[int, float]] = []
     state = loop.train_state(params, optimizers["dense"])
     state = go(state, "dense", preset.dense_steps, bars[""], shared)
     for label, pattern in patterns.items():
         begin, curve = jax.tree.map(jnp.copy, state), list(shared)
         if pattern is not None:
-            opt_state = optimizers[label].init(begin.params)
-            begin = begin._replace(opt_state=opt_state._replace(inner_state=begin.opt_state))
+            fresh = optimizers[label].init(begin.params)
+            assert isinstance(fresh, training.PruneState)
+            begin = begin._replace(opt_state=fresh._replace(inner_state=begin.opt_state))
         progress.start_task(bars[label])
         end = go(begin, label, preset.prune_steps, bars[label], curve)
         masks = None if pattern is None else training.masks(end.opt_state)
         final = end.params if masks is None else masks.apply(end.params)
-        bits = loop.evaluate(validation_loss, final, validation, 64)
-        yield Run(label, seed, pattern, final, masks, bits, tuple(curve))
+        bits = loop.evaluate(validation_losses, final, validation, 64)
+        yield compare.Run(label, seed, pattern, final, masks, bits, tuple(curve))
 
 
-def measure(runs: list[Run], preset: Preset, out: Path) -> dict[str, Measurement]:
-    """Compresses the pruned models, saves and loads them, compares their logits, and times all of them in turn.
-
-    Args:
-        runs: of one seed; one of them is the dense model.
-        preset: their preset.
-        out: where checkpoints go, one folder a pattern.
-    """
-    model, tokens = preset.model, (TIMED_BATCH, preset.model.context)
-    exact = model.clone(dtype=jnp.float32)
-    dense = next(run for run in runs if run.pattern is None)
-    inputs = jax.random.randint(jax.random.key(1), tokens, 0, model.vocab)
-    dense_forward = jax.jit(lambda params, x: model.apply({"params": params}, x))
-    forwards = {"dense": functools.partial(dense_forward, dense.params, inputs)}
-    _, _, _, specs = _training(preset)
-    kernels = shfl_jax.path_leaves(dense.params)
-    dense_bytes = sum(kernels[path].nbytes for path in next(iter(specs.values())))
-    stored = {"dense": (dense_bytes, 0.0, 0.0)}
-    for run in runs:
-        if run.pattern is None or run.masks is None or run.pattern.group_size == 1:
-            continue
-        sparse = shfl_jax.compress(run.params, run.masks, tokens=int(np.prod(tokens)))
-        path = out / run.label.lower().replace(", ", "_").replace(" ", "_").replace("-", "_")
-        shfl_jax.save(path, sparse)
-        loaded = shfl_jax.load(path)
-        layers = shfl_jax.report(loaded).layers
-        ready = shfl_jax.prepare(loaded)
-        with jax.default_matmul_precision("highest"):
-            wanted = exact.apply({"params": run.params}, inputs)
-            got = jax.jit(functools.partial(shfl_jax.linen.apply, exact))(ready, inputs)
-        error = float(jnp.abs(got - wanted).max() / jnp.abs(wanted).max())
-        pruned = 1 - sum((1 - layer.sparsity) * layer.dense_nbytes for layer in layers) / dense_bytes
-        stored[run.label] = (sum(layer.nbytes for layer in layers), error, pruned)
-        sparse_forward = jax.jit(functools.partial(shfl_jax.linen.apply, model))
-        forwards[run.label] = functools.partial(sparse_forward, ready, inputs)
-    times = _interleaved(forwards)
-    return {
-        label: Measurement(nbytes, times[label], error, pruned) for label, (nbytes, error, pruned) in stored.items()
-    }
-
-
-def _interleaved(functions: dict[str, Callable[[], jax.Array]]) -> dict[str, float]:
-    """Median times in microseconds; the functions take turns, so that a busy machine slows all of them."""
-    times: dict[str, list[float]] = {label: [] for label in functions}
-    for i in range(TIMED_RUNS + 2):
-        for label, function in functions.items():
-            start = time.perf_counter()
-            jax.block_until_ready(function())
-            if i >= 2:
-                times[label].append(1e6 * (time.perf_counter() - start))
-    return {label: statistics.median(values) for label, values in times.items()}
-
-
-def table(runs: list[Run], measured: dict[str, Measurement]) -> Table:
-    """The demo's result: one row a pattern, bits per character in the mean of the seeds."""
-    seeds = sorted({run.seed for run in runs})
-    dense_bits, dense = _mean_bits(runs, "dense"), measured["dense"]
-    over = f", mean of {len(seeds)} seeds" if len(seeds) > 1 else ""
-    result = Table(title=f"Dense and pruned, all trained for as many steps{over}")
-    result.add_column("pattern")
-    for name in ("sparsity", "counts", "bits per character", "vs dense", "bytes", "of dense", "forward ms", "speed-up"):
-        result.add_column(name, justify="right")
-    for run in (run for run in runs if run.seed == seeds[0]):
-        bits, m = _mean_bits(runs, run.label), measured.get(run.label)
-        sparsity = 0.0 if run.masks is None else _sparsity(run.masks)
-        result.add_row(
-            run.label
-            if run.pattern is None or run.pattern.group_size == 1
-            else f"{run.label}, V={run.pattern.group_size}",
-            f"{sparsity:.1%}",
-            _counts(run.pattern),
-            f"{bits:.3f}",
-            f"{bits / dense_bits - 1:+.1%}",
-            *(
-                (f"{m.nbytes:,}", f"{m.nbytes / dense.nbytes:.0%}", f"{m.time_us / 1e3:.2f}")
-                if m is not None
-                else ("no kernel", "", "")
-            ),
-            f"{dense.time_us / m.time_us:.2f}x" if m is not None else "",
-        )
-    return result
-
-
-def results(
-    runs: list[Run], measured: dict[str, Measurement], preset: Preset, name: str, baseline: float
-) -> dict[str, Any]:
-    """The results file: one record a run. Times and bytes were measured on the models of the first seed."""
-    first, dense_us = min(run.seed for run in runs), measured["dense"].time_us
-    model = preset.model
-    records = []
-    for run in runs:
-        m = measured.get(run.label) if run.seed == first else None
-        records.append(
-            {
-                "op": "model",
-                "label": run.label,
-                "pattern": "dense" if run.pattern is None else run.pattern.name,
-                "implementation": "xla" if run.pattern is None or m is None else _implementation(),
-                "m": model.mlp,
-                "k": model.d_model,
-                "n": TIMED_BATCH * model.context,
-                "dtype": jnp.dtype(model.dtype).name,
-                "sparsity": 0.0 if run.masks is None else _sparsity(run.masks),
-                "group_size": None if run.pattern is None else run.pattern.group_size,
-                "counts": _counts(run.pattern) or None,
-                "time_us": None if m is None else m.time_us,
-                "dense_time_us": None if m is None else dense_us,
-                "speedup": None if m is None else dense_us / m.time_us,
-                "bits_per_char": run.bits,
-                "nbytes": None if m is None else m.nbytes,
-                "dense_nbytes": measured["dense"].nbytes,
-                "logits_error": None if m is None else m.error,
-                "layers": model.layers,
-                "steps": preset.steps,
-                "seed": run.seed,
-            }
-        )
-    return {
-        "device": _device(),
-        "jax": jax.__version__,
-        "date": datetime.date.today().isoformat(),
-        "preset": name,
-        "markov_bits_per_char": baseline,
-        "records": records,
-        "curves": {run.label: run.curve for run in runs if run.seed == first},
-    }
-
-
-def _draw(path: Path, runs: list[Run], preset: Preset, baseline: float) -> None:
+def _draw(path: Path, runs: list[compare.Run], preset: Preset, baseline: float) -> None:
     first = [run for run in runs if run.seed == runs[0].seed]
     curves = {run.label: run.curve for run in first}
     masks = next(run.masks for run in first if isinstance(run.pattern, ShflBW) and run.masks is not None)
     layer = next(path for path in masks if "/attn/query/" in path)
     begin, end = (preset.dense_steps + step for step in preset.window)
     figures.draw(path, curves, pruning=(begin, end), baseline=baseline, mask=masks[layer], layer=layer)
-
-
-def _mean_bits(runs: list[Run], label: str) -> float:
-    return statistics.mean(run.bits for run in runs if run.label == label)
-
-
-def _sparsity(masks: shfl_jax.Masks) -> float:
-    """Fraction of pruned weights over all masked layers."""
-    sizes = np.asarray([np.prod(spec.shape) for spec in masks.specs])
-    return float(1 - np.dot(sizes, [masks[spec.path].density().mean() for spec in masks.specs]) / sizes.sum())
-
-
-def _counts(pattern: Pattern | None) -> str:
-    if pattern is None or pattern.group_size == 1:
-        return ""
-    return "equal" if getattr(pattern, "balanced", False) else "ragged"
-
-
-def _device() -> str:
-    return jax.devices()[0].device_kind.lower().replace(" ", "-")
-
-
-def _implementation() -> str:
-    """What `implementation=None` means in this version: XLA everywhere."""
-    return "xla"
 
 
 def _progress(console: Console) -> Progress:

@@ -37,7 +37,7 @@ def draw(
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 8.4), dpi=120, layout="constrained")
-    top, bottom = figure.subfigures(2, 1, height_ratios=(1, 1.15))
+    top, bottom = np.ravel(figure.subfigures(2, 1, height_ratios=(1, 1.15), squeeze=False))
     losses = top.subplots(1, 2, width_ratios=(1.5, 1))
     _curves(losses[0], curves, pruning, baseline, "Whole run", 0)
     _curves(losses[1], curves, pruning, baseline, "Pruning and recovery", pruning[0])
@@ -51,7 +51,7 @@ def draw(
     for axis, picture, title, label in zip(
         bottom.subplots(1, 2),
         (before, after),
-        ("Rows as in the weight", "Rows after the permutation: groups of V share their columns"),
+        ("Rows in their own order", "Rows as stored: V rows share their columns"),
         ("output feature (row of W)", "stored row"),
         strict=True,
     ):

@@ -76,15 +76,18 @@ def train(
     return jax.lax.scan(step, state, length=steps)
 
 
-def evaluate(loss: Callable[[Any, jax.Array], jax.Array], params: Any, windows: np.ndarray, batch: int) -> float:
-    """The mean of a loss over windows, weighted by their number.
+def evaluate(losses: Callable[[Any, Any], jax.Array], params: Any, windows: np.ndarray, batch: int) -> float:
+    """The mean of a loss over windows.
 
     Args:
-        loss: a compiled function of (params, windows (<= batch, context + 1)) that gives a mean.
+        losses: a compiled function of (params, windows (batch, context + 1)) that gives each window's loss, (batch,).
         params: its first argument.
         windows: (n, context + 1), n >= 1.
-        batch: the most windows a call.
+        batch: windows a call. The last call is filled up with copies, so that one shape is compiled.
     """
-    starts = range(0, len(windows), batch)
-    parts = [(loss(params, part), len(part)) for part in (windows[i : i + batch] for i in starts)]
-    return float(sum(float(value) * count for value, count in parts) / len(windows))
+    total = 0.0
+    for start in range(0, len(windows), batch):
+        part = windows[start : start + batch]
+        filled = np.resize(part, (batch, windows.shape[1]))
+        total += float(np.asarray(losses(params, filled), np.float64)[: len(part)].sum())
+    return total / len(windows)

@@ -78,8 +78,8 @@ def prune(
         return PruneState(jnp.zeros((), jnp.int32), masks, skipped, inner.init(params))
 
     def update(
-        updates: optax.Updates, state: PruneState, params: optax.Params | None = None, **extra_args: Any
-    ) -> tuple[optax.Updates, PruneState]:
+        updates: optax.Updates, state: Any, params: optax.Params | None = None, **extra_args: Any
+    ) -> tuple[optax.Updates, Any]:
         if params is None:
             raise ValueError("prune needs the parameters: call update(grads, state, params)")
         kernels, _ = _kernels(params, layers), _kernels(updates, layers)
@@ -106,7 +106,7 @@ def prune(
         updates = update_paths(
             updates, {path: jnp.where(keep, proposed[path], -kernels[path]) for path, keep in _elements(masks).items()}
         )
-        return updates, PruneState(optax.safe_increment(state.step), masks, skipped, inner_state)
+        return updates, PruneState(state.step + 1, masks, skipped, inner_state)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -241,5 +241,5 @@ def _zero_moments(
         return jnp.where(keep, moment, jnp.zeros((), moment.dtype))
 
     return optax.tree_utils.tree_map_params(
-        inner, zero, state, everything, is_leaf=lambda node: isinstance(node, optax.MaskedNode)
+        inner.init, zero, state, everything, is_leaf=lambda node: isinstance(node, optax.MaskedNode)
     )

@@ -71,7 +71,7 @@ def markov_bits(text: Text, order: int = 3, deltas: tuple[float, ...] = (0.001, 
 
     def grams(codes: np.ndarray) -> np.ndarray:
         n = len(codes) - order
-        return sum(codes[i : i + n].astype(np.int64) * size ** (order - i) for i in range(order + 1))
+        return np.asarray([codes[i : i + n] for i in range(order + 1)], np.int64).T @ size ** np.arange(order, -1, -1)
 
     seen, counts = np.unique(grams(text.train), return_counts=True)
     contexts, total = np.unique(seen // size, return_inverse=True)

@@ -1,0 +1,207 @@
+"""Compressing trained models, timing them against the dense one, and telling the result."""
+
+import dataclasses
+import datetime
+import functools
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from rich.table import Table
+
+import shfl_jax
+from shfl_jax import Pattern
+from training.gpt import GPT
+
+TIMED_BATCH, TIMED_RUNS = 16, 20
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """A trained model.
+
+    Attributes:
+        label: how tables call it.
+        seed: of initialisation, data and dropout.
+        pattern: None if dense.
+        params: trained parameters, on the device.
+        masks: None if dense.
+        bits: validation bits per character.
+        curve: (step, validation bits per character on a part of the text).
+    """
+
+    label: str
+    seed: int
+    pattern: Pattern | None
+    params: Any
+    masks: shfl_jax.Masks | None
+    bits: float
+    curve: tuple[tuple[int, float], ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Measurement:
+    """A compressed model that was saved and loaded, or the dense one: bytes of its pruned layers, and forward time.
+
+    Attributes:
+        nbytes: values and integers of the pruned layers.
+        time_us: median time of a forward pass.
+        error: largest difference of logits to those of the masked dense model, relative to the largest logit.
+    """
+
+    nbytes: int
+    time_us: float
+    error: float
+
+
+def measure(runs: list[Run], model: GPT, out: Path) -> dict[str, Measurement]:
+    """Compresses the pruned models, saves and loads them, compares their logits, and times all of them in turn.
+
+    Args:
+        runs: of one seed; one of them is the dense model.
+        model: their architecture.
+        out: where checkpoints go, one folder a pattern.
+    """
+    tokens = (TIMED_BATCH, model.context)
+    exact = model.clone(dtype=jnp.float32)
+    dense = next(run for run in runs if run.pattern is None)
+    inputs = jax.random.randint(jax.random.key(1), tokens, 0, model.vocab)
+    dense_forward = jax.jit(lambda params, x: model.apply({"params": params}, x))
+    forwards: dict[str, Callable[[], Any]] = {"dense": functools.partial(dense_forward, dense.params, inputs)}
+    kernels = shfl_jax.path_leaves(dense.params)
+    masked = next(run.masks for run in runs if run.masks is not None)
+    dense_bytes = sum(kernels[path].nbytes for path in masked)
+    stored = {"dense": (dense_bytes, 0.0)}
+    for run in runs:
+        if run.pattern is None or run.masks is None or run.pattern.group_size == 1:
+            continue
+        sparse = shfl_jax.compress(run.params, run.masks, tokens=int(np.prod(tokens)))
+        path = out / run.label.lower().replace(", ", "_").replace(" ", "_").replace("-", "_")
+        shfl_jax.save(path, sparse)
+        loaded = shfl_jax.load(path)
+        ready = shfl_jax.prepare(loaded)
+        with jax.default_matmul_precision("highest"):
+            wanted = jnp.asarray(exact.apply({"params": run.params}, inputs))
+            got = jax.jit(functools.partial(shfl_jax.linen.apply, exact))(ready, inputs)
+        error = float(jnp.abs(got - wanted).max() / jnp.abs(wanted).max())
+        stored[run.label] = (shfl_jax.report(loaded).nbytes, error)
+        sparse_forward = jax.jit(functools.partial(shfl_jax.linen.apply, model))
+        forwards[run.label] = functools.partial(sparse_forward, ready, inputs)
+    times = _interleaved(forwards)
+    return {label: Measurement(nbytes, times[label], error) for label, (nbytes, error) in stored.items()}
+
+
+def _interleaved(functions: Mapping[str, Callable[[], Any]]) -> dict[str, float]:
+    """Median times in microseconds; the functions take turns, so that a busy machine slows all of them."""
+    times: dict[str, list[float]] = {label: [] for label in functions}
+    for i in range(TIMED_RUNS + 2):
+        for label, function in functions.items():
+            start = time.perf_counter()
+            jax.block_until_ready(function())
+            if i >= 2:
+                times[label].append(1e6 * (time.perf_counter() - start))
+    return {label: statistics.median(values) for label, values in times.items()}
+
+
+def table(runs: list[Run], measured: dict[str, Measurement]) -> Table:
+    """The demo's result: one row a pattern, bits per character in the mean of the seeds."""
+    seeds = sorted({run.seed for run in runs})
+    dense_bits, dense = _mean_bits(runs, "dense"), measured["dense"]
+    over = f", mean of {len(seeds)} seeds" if len(seeds) > 1 else ""
+    result = Table(title=f"Dense and pruned, all trained for as many steps{over}")
+    result.add_column("pattern")
+    for name in ("sparsity", "counts", "bits per character", "vs dense", "bytes", "of dense", "forward ms", "speed-up"):
+        result.add_column(name, justify="right")
+    for run in (run for run in runs if run.seed == seeds[0]):
+        bits, m = _mean_bits(runs, run.label), measured.get(run.label)
+        sparsity = 0.0 if run.masks is None else _sparsity(run.masks)
+        result.add_row(
+            run.label
+            if run.pattern is None or run.pattern.group_size == 1
+            else f"{run.label}, V={run.pattern.group_size}",
+            f"{sparsity:.1%}",
+            _counts(run.pattern),
+            f"{bits:.3f}",
+            f"{bits / dense_bits - 1:+.1%}",
+            *(
+                (f"{m.nbytes:,}", f"{m.nbytes / dense.nbytes:.0%}", f"{m.time_us / 1e3:.2f}")
+                if m is not None
+                else ("no kernel", "", "")
+            ),
+            f"{dense.time_us / m.time_us:.2f}x" if m is not None else "",
+        )
+    return result
+
+
+def results(
+    runs: list[Run], measured: dict[str, Measurement], model: GPT, steps: int, baseline: float
+) -> dict[str, Any]:
+    """The results file: one record a run. Times and bytes were measured on the models of the first seed."""
+    first, dense_us = min(run.seed for run in runs), measured["dense"].time_us
+    records = []
+    for run in runs:
+        m = measured.get(run.label) if run.seed == first else None
+        records.append(
+            {
+                "op": "model",
+                "label": run.label,
+                "pattern": "dense" if run.pattern is None else run.pattern.name,
+                "implementation": "xla" if run.pattern is None or m is None else _implementation(),
+                "m": model.mlp,
+                "k": model.d_model,
+                "n": TIMED_BATCH * model.context,
+                "dtype": jnp.dtype(model.dtype).name,
+                "sparsity": 0.0 if run.masks is None else _sparsity(run.masks),
+                "group_size": None if run.pattern is None else run.pattern.group_size,
+                "counts": _counts(run.pattern) or None,
+                "time_us": None if m is None else m.time_us,
+                "dense_time_us": None if m is None else dense_us,
+                "speedup": None if m is None else dense_us / m.time_us,
+                "bits_per_char": run.bits,
+                "nbytes": None if m is None else m.nbytes,
+                "dense_nbytes": measured["dense"].nbytes,
+                "logits_error": None if m is None else m.error,
+                "layers": model.layers,
+                "steps": steps,
+                "seed": run.seed,
+            }
+        )
+    return {
+        "device": device(),
+        "jax": jax.__version__,
+        "date": datetime.date.today().isoformat(),
+        "markov_bits_per_char": baseline,
+        "records": records,
+        "curves": {run.label: run.curve for run in runs if run.seed == first},
+    }
+
+
+def _mean_bits(runs: list[Run], label: str) -> float:
+    return statistics.mean(run.bits for run in runs if run.label == label)
+
+
+def _sparsity(masks: shfl_jax.Masks) -> float:
+    """Fraction of pruned weights over all masked layers."""
+    sizes = np.asarray([np.prod(spec.shape) for spec in masks.specs])
+    return float(1 - np.dot(sizes, [masks[spec.path].density().mean() for spec in masks.specs]) / sizes.sum())
+
+
+def _counts(pattern: Pattern | None) -> str:
+    if pattern is None or pattern.group_size == 1:
+        return ""
+    return "equal" if getattr(pattern, "balanced", False) else "ragged"
+
+
+def device() -> str:
+    """The default device as results files spell it, such as "cpu" or "nvidia-h200"."""
+    return jax.devices()[0].device_kind.lower().replace(" ", "-")
+
+
+def _implementation() -> str:
+    """What `implementation=None` means in this version: XLA everywhere."""
+    return "xla"
