@@ -1,0 +1,208 @@
+"""How the GPU kernels tile their work: frozen configs, a heuristic, the space a tuner searches, and measured tables.
+
+A table (`tables/<device>.json`) is written by `shfl-jax tune`. Looking a config up needs no GPU in the process.
+"""
+
+import dataclasses
+import functools
+import json
+import math
+import pathlib
+from typing import Literal
+
+Op = Literal["forward", "grad_values", "grad_input"]
+TABLES = pathlib.Path(__file__).parent / "tables"
+SHARED_MEMORY = 227 * 1024  # bytes a program may use on the largest GPU the search space is made for
+NEAR = math.log(4)  # an entry serves a problem whose sizes differ from its own by less than this in all, as a log ratio
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """The shape of one program and how it is scheduled.
+
+    Attributes:
+        block_rows: rows of the output tile: of W (forward), slots (grad_values) or inputs (grad_input).
+        block_tokens: tokens of the tile (forward, grad_input) or of a step (grad_values).
+        block_k: contraction length of a step (forward, grad_input).
+        num_warps: warps of a program.
+        num_stages: depth of the software pipeline, in steps. With column ids inside it the ids take part of it.
+        prefetch: carry the next step's column ids in registers instead of pipelining them with the tiles.
+        tokens_first: consecutive programs take consecutive token tiles of one row group, not one tile of all groups.
+        flip: compute the transposed tile, which makes tokens the rows of the matrix unit.
+        split: number of pieces the contraction is cut into; each yields float32 partials.
+    """
+
+    block_rows: int = 128
+    block_tokens: int = 128
+    block_k: int = 32
+    num_warps: int = 4
+    num_stages: int = 7
+    prefetch: bool = False
+    tokens_first: bool = False
+    flip: bool = False
+    split: int = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """What a kernel is asked for: the key of a table.
+
+    Attributes:
+        op: which kernel.
+        m: output features.
+        k: input features.
+        n: tokens.
+        slots: kept columns over all groups, padding included.
+        group_size: rows of a group.
+        dtype: name of the dtype of values and activations.
+        equal: whether all groups have one count, known when tracing.
+    """
+
+    op: Op
+    m: int
+    k: int
+    n: int
+    slots: int
+    group_size: int
+    dtype: str
+    equal: bool = True
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of a value."""
+        return {"float32": 4}.get(self.dtype, 2)
+
+    @property
+    def density(self) -> float:
+        """Stored share of the weights."""
+        return self.slots * self.group_size / (self.m * self.k)
+
+
+def config(problem: Problem, device: str | None = None) -> Config:
+    """The config to use: the nearest measured one of the device, else the heuristic's.
+
+    Args:
+        problem: the product.
+        device: a device kind, as `jax.Device.device_kind`; None or one without a table uses the heuristic.
+    """
+    found = nearest(problem, device)
+    return heuristic(problem) if found is None else found[0]
+
+
+def heuristic(problem: Problem) -> Config:
+    """A config that is legal for the problem and reasonable on any GPU since the A100."""
+    rows = min(problem.group_size, 128)
+    wide = problem.itemsize // 2
+    if problem.op == "grad_values":
+        rows_of_tile = min(128, _power_of_two(problem.slots * problem.group_size // max(problem.m, 1)))
+        tiles = problem.slots // rows_of_tile
+        split = _power_of_two(max(1, min(264 // max(tiles, 1), problem.n // 512)))
+        return Config(max(rows_of_tile, 16), 64 // wide, num_stages=3, split=split)
+    if problem.op == "grad_input":
+        return Config(64, _token_tile(problem.n, 128), min(rows, 64) // wide, num_stages=3)
+    if problem.n > 256:
+        if rows == 128 and problem.n % 256 == 0:
+            return Config(128, 256, 64 // wide, num_warps=8, num_stages=5)
+        if rows == 128:
+            return Config(128, 128, 64 // wide, num_stages=5)
+        if rows == 64:
+            return Config(64, 256 // wide, 32 // wide)
+        return Config(rows, 128, 32 // wide, flip=True)
+    return Config(
+        min(rows, 64) if problem.n <= 64 else rows,
+        _token_tile(problem.n, 128),
+        (128 if problem.n > 64 or problem.itemsize == 4 else 256) // wide,
+        num_stages=3,
+        prefetch=True,
+        flip=rows < 64,
+    )
+
+
+def search_space(problem: Problem) -> tuple[Config, ...]:
+    """The configs a tuner measures for the problem, the heuristic's first."""
+    v, wide, n = min(problem.group_size, 128), problem.itemsize // 2, problem.n
+    found = [heuristic(problem)]
+    if problem.op == "grad_values":
+        found += [
+            Config(rows, 64 // wide, num_warps=warps, num_stages=stages, split=split)
+            for rows in (64, 128, 256)
+            for warps in (4, 8)
+            for stages in (3, 4)
+            for split in (1, 2, 4)
+            if rows * v >= 32 * 32 * warps
+        ]
+    elif problem.op == "grad_input":
+        found += [
+            Config(rows, tokens, min(v, k // wide), num_warps=4, num_stages=stages, prefetch=prefetch)
+            for rows in (64, 128)
+            for tokens in {_token_tile(n, 64), _token_tile(n, 128)}
+            for k in (64, 128)
+            for stages in (3, 4)
+            for prefetch in (False, True)
+        ]
+    elif n > 256:
+        pipelines = ((32, 7, False), (64, 3, False), (64, 5, False), (64, 7, False), (64, 3, True))
+        tiles = {128: ((128, 4), (256, 8)), 64: ((128, 4), (256, 4), (256, 8))}.get(v, ((128, 4), (256, 4)))
+        found += [
+            Config(v, tokens, k // wide, warps, stages, prefetch, tokens_first, flip)
+            for tokens, warps in tiles
+            for k, stages, prefetch in pipelines
+            for tokens_first in (False, True)
+            for flip in ((False,) if v >= 64 else (False, True))
+        ]
+    else:
+        tokens = _token_tile(n, 128)
+        found += [
+            Config(rows, tokens, k // wide, 4, stages, True, False, flip, split)
+            for rows in {min(v, 32), min(v, 64), v}
+            for k, stages in ((64, 4), (128, 3), (128, 5), (256, 2), (256, 3))
+            for flip in (False, True)
+            for split in (1, 2, 4)
+            if split == 1 or rows >= 64
+        ]
+    legal = (c for c in found if shared_memory(problem, c) <= SHARED_MEMORY)
+    return tuple(dict.fromkeys(legal))
+
+
+def shared_memory(problem: Problem, config: Config) -> int:
+    """About how many bytes of shared memory the pipeline of a program takes."""
+    if problem.op == "grad_values":
+        step = (config.block_rows + problem.group_size) * config.block_tokens
+    else:
+        step = (config.block_rows + config.block_tokens) * config.block_k
+    # Ids inside the pipeline are one load ahead of what they address, which takes about half of its depth.
+    stages = config.num_stages if problem.op != "forward" or config.prefetch else (config.num_stages + 1) // 2
+    return step * stages * problem.itemsize
+
+
+def nearest(problem: Problem, device: str | None) -> tuple[Config, dict] | None:
+    """The measured entry of the device's table nearest to the problem: its config and the whole entry, or None."""
+    best, best_distance = None, NEAR
+    for entry in _table(device_name(device)) if device else ():
+        if any(entry[name] != getattr(problem, name) for name in ("op", "group_size", "dtype", "equal")):
+            continue
+        pairs = ((entry[name], getattr(problem, name)) for name in ("m", "k", "n", "slots"))
+        distance = sum(abs(math.log(a / b)) for a, b in pairs)
+        # Decoding and prefill are different kernels in all but name.
+        if (entry["n"] <= 256) == (problem.n <= 256) and distance < best_distance:
+            best, best_distance = entry, distance
+    return None if best is None else (Config(**best["config"]), best)
+
+
+def device_name(device: str) -> str:
+    """A device kind as file name: lower case, with dashes."""
+    return device.lower().replace(" ", "-")
+
+
+@functools.cache
+def _table(device: str) -> tuple[dict, ...]:
+    path = TABLES / f"{device}.json"
+    return tuple(json.loads(path.read_text())["entries"]) if path.exists() else ()
+
+
+def _power_of_two(size: int) -> int:
+    return 1 << max(size, 1).bit_length() - 1
+
+
+def _token_tile(n: int, most: int) -> int:
+    return max(16, min(most, 1 << (n - 1).bit_length()))

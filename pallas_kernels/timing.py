@@ -1,0 +1,61 @@
+"""Kernel times on a GPU: by CUPTI, over rotating inputs so that the L2 cache is cold, as medians."""
+
+import statistics
+from collections.abc import Callable, Sequence
+
+import jax
+from jax.experimental.mosaic.gpu import profiler
+
+L2_BYTES = 2 * 64 * 2**20  # inputs are rotated over more bytes than this, twice the largest L2 cache
+
+
+class _Rotating:
+    """Calls a compiled function with the next set of arguments each time.
+
+    It has the methods of `jax.stages.Wrapped`, so that `measure` takes it for a compiled function and does not jit it.
+    """
+
+    def __init__(self, function: Callable, argument_sets: Sequence[tuple]):
+        self.function, self.argument_sets, self.calls = function, argument_sets, 0
+
+    def __call__(self):
+        arguments = self.argument_sets[self.calls % len(self.argument_sets)]
+        self.calls += 1
+        return self.function(*arguments)
+
+    def trace(self, *args):
+        return self.function
+
+    lower = eval_shape = trace
+
+
+def num_sets(arguments: object, most: int = 24) -> int:
+    """How many copies of the arguments it takes to fill the L2 cache twice: 2 to `most`."""
+    size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(arguments))
+    return max(2, min(most, -(-L2_BYTES // max(size, 1))))
+
+
+def kernel_times(function: Callable, argument_sets: Sequence[tuple], iterations: int = 20) -> list[list[float]]:
+    """Times every kernel of every call.
+
+    Args:
+        function: a compiled function (`jax.jit(f).lower(*args).compile()`).
+        argument_sets: the arguments of one call each; calls go through them in turn.
+        iterations: number of calls.
+
+    Returns:
+        One list per call: the times of its kernels, in microseconds.
+    """
+    rotating = _Rotating(function, argument_sets)
+    _, timings = profiler.measure(rotating, aggregate=False, iterations=iterations)()
+    if timings is None:
+        raise RuntimeError("no kernel was launched")
+    if iterations == 1:
+        timings = [timings]
+    return [[time * 1e3 for _, time in call] for call in timings]
+
+
+def median_us(function: Callable, argument_sets: Sequence[tuple], iterations: int = 20) -> tuple[float, int]:
+    """Median over the calls of the sum of a call's kernel times in microseconds, and the number of kernels."""
+    calls = kernel_times(function, argument_sets, iterations)
+    return statistics.median(sum(call) for call in calls), len(calls[0])

@@ -1,0 +1,120 @@
+"""What the Pallas-Triton kernels share: loads and stores of tiles, loops over steps, the call itself."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plgpu
+
+from pallas_kernels import configs
+from pallas_kernels.configs import Config
+from pallas_kernels.row_grouped import Topology
+
+DTYPES = ("bfloat16", "float16", "float32")
+VECTOR = 8  # tokens in a 16-byte load of two-byte activations: rows of x must be multiples of it
+
+
+def check(topology: Topology, dtype) -> None:
+    """Raises NotImplementedError for what the kernels cannot do."""
+    v = topology.group_size
+    if v < 16 or v & (v - 1):
+        raise NotImplementedError(f"the Triton kernels need groups of 16, 32, 64, ... rows, got {v}")
+    if jnp.dtype(dtype).name not in DTYPES:
+        raise NotImplementedError(f"the Triton kernels compute in {', '.join(DTYPES)}, got {jnp.dtype(dtype).name}")
+    if getattr(topology, "positions", None) is not None or getattr(topology, "k_contiguous", False):
+        raise NotImplementedError("this matrix was prepared for another implementation")
+    if topology.num_slots == 0:
+        raise NotImplementedError("the Triton kernels need at least one slot")
+
+
+def problem(op: configs.Op, topology: Topology, x: jax.Array) -> configs.Problem:
+    """The key under which a product's config is looked up; x is feature-major."""
+    dtype, segments = jnp.dtype(x.dtype).name, topology.segments
+    equal = segments is not None and len(segments) == 1
+    slots, v = topology.num_slots, topology.group_size
+    return configs.Problem(op, topology.m, topology.k, x.shape[1], slots, v, dtype, equal)
+
+
+def device_kind() -> str | None:
+    """The kind of the GPU in this process, None without one."""
+    try:
+        return jax.devices("cuda")[0].device_kind
+    except RuntimeError:
+        return None
+
+
+def pad_tokens(x: jax.Array) -> jax.Array:
+    """Pads the tokens of feature-major x, unless it is one, so that its rows can be loaded 16 bytes at a time."""
+    n = x.shape[1]
+    return jnp.pad(x, ((0, 0), (0, -n % VECTOR))) if n > 1 and n % VECTOR else x
+
+
+def call(kernel, out_shape, grid, config: Config, *args, name: str):
+    """Calls a kernel, compiled on CUDA and interpreted elsewhere."""
+
+    def run(*args, interpret):
+        return pl.pallas_call(
+            kernel,
+            out_shape=out_shape,
+            grid=grid,
+            interpret=interpret,
+            name=name,
+            compiler_params=plgpu.CompilerParams(num_warps=config.num_warps, num_stages=config.num_stages),
+        )(*args)
+
+    return lax.platform_dependent(
+        *args, cuda=functools.partial(run, interpret=False), default=functools.partial(run, interpret=True)
+    )
+
+
+def static_length(topology: Topology, block_k: int) -> int | None:
+    """The length of all segments, where it is one, known when tracing and a multiple of a step."""
+    segments = topology.segments
+    if segments is not None and len(segments) == 1 and segments[0][1] % block_k == 0:
+        return segments[0][1]
+    return None
+
+
+def is_aligned(topology: Topology, block_k: int) -> bool:
+    """Whether every segment is known to be a multiple of a step, so that no load needs a mask."""
+    segments = topology.segments
+    return segments is not None and all(length % block_k == 0 for _, length in segments)
+
+
+def loop(first, last, load_indices, multiply, acc, *, prefetch: bool):
+    """Accumulates `multiply(step, load_indices(step), acc)`, the indices loaded in the step or carried into it."""
+    if not prefetch:
+        return lax.fori_loop(first, last, lambda step, acc: multiply(step, load_indices(step), acc), acc)
+
+    def body(step, carry):
+        indices, acc = carry
+        return load_indices(jnp.maximum(jnp.minimum(step + 1, last - 1), 0)), multiply(step, indices, acc)
+
+    return lax.fori_loop(first, last, body, (load_indices(first), acc))[1]
+
+
+def load_tile(ref, rows, columns, live_rows, live_columns):
+    """Loads ref[rows, columns] as a tile, zeros where one of the masks (None: everything) is false."""
+    index = ref.at[rows[:, None], columns[None, :]]
+    mask = _mask(rows, columns, live_rows, live_columns)
+    return plgpu.load(index) if mask is None else plgpu.load(index, mask=mask, other=0)
+
+
+def store_tile(ref, rows, columns, tile, live_rows, live_columns, *leading):
+    """Stores a tile to ref[*leading, rows, columns] where the masks are true."""
+    index = ref.at[(*leading, rows[:, None], columns[None, :])]
+    plgpu.store(index, tile, mask=_mask(rows, columns, live_rows, live_columns))
+
+
+def contract(a, b, axes: tuple[int, int], precision):
+    """The product of two tiles over one axis of each, in float32."""
+    dimensions = (((axes[0],), (axes[1],)), ((), ()))
+    return lax.dot_general(a, b, dimensions, precision=precision, preferred_element_type=jnp.float32)
+
+
+def _mask(rows, columns, live_rows, live_columns):
+    masks = [None if live_rows is None else live_rows[:, None], None if live_columns is None else live_columns[None, :]]
+    masks = [jnp.broadcast_to(mask, (rows.size, columns.size)) for mask in masks if mask is not None]
+    return functools.reduce(jnp.logical_and, masks) if masks else None

@@ -1,0 +1,247 @@
+"""`shfl-jax tune`: measures the search space of the Triton kernels and writes a table of the best configs.
+
+A problem already in the table is skipped, so a call that ran out of time is simply repeated. All configs of a call are
+compiled before the first is measured: CUPTI sees every kernel of the process, the compiler's own trials too.
+"""
+
+import argparse
+import concurrent.futures
+import dataclasses
+import datetime
+import functools
+import itertools
+import json
+import os
+import pathlib
+import time
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from pallas_kernels import configs, timing, triton
+from pallas_kernels.configs import Config, Problem
+from pallas_kernels.row_grouped import RowGrouped, Topology
+from pallas_kernels.triton_grad import FUSED_TOKENS
+
+LAYERS = ((4096, 4096), (14336, 4096), (4096, 14336), (3072, 768), (768, 3072), (1024, 1024), (8192, 8192))
+TOKENS = (1, 8, 16, 32, 64, 128, 256, 1024, 4096)
+SPREAD = 0.42  # coefficient of variation of ragged counts, that of a one-threshold mask on a trained layer
+LARGEST_ERROR = 2e-2  # configs that disagree with the heuristic's result by more are not kept
+
+
+def random_matrix(
+    m: int, k: int, sparsity: float, group_size: int, *, equal: bool = True, dtype="bfloat16", seed: int = 0
+) -> RowGrouped:
+    """A random canonical matrix: random row permutation, random columns, normal values.
+
+    Args:
+        m: output features.
+        k: input features.
+        sparsity: pruned share of the weights.
+        group_size: rows of a group.
+        equal: equal counts, else log-normal ones.
+        dtype: of the values.
+        seed: of all random numbers.
+    """
+    rng = np.random.default_rng(seed)
+    groups = -(-m // group_size)
+    counts = np.full(groups, max(1, round(k * (1 - sparsity))))
+    if not equal:
+        # The counts are the same for every seed: one compiled function serves all.
+        weights = np.random.default_rng(0).lognormal(sigma=np.sqrt(np.log1p(SPREAD**2)), size=groups)
+        counts = np.clip(np.round(weights * counts.sum() / weights.sum()), 1, k).astype(int)
+    columns = np.concatenate([np.sort(rng.permutation(k)[:count]) for count in counts]).astype(np.int32)
+    rows = np.full(groups * group_size, m, np.int32)
+    rows[:m] = rng.permutation(m)
+    ptr = np.concatenate([[0], np.cumsum(counts)]).astype(np.int32)
+    values = jax.random.normal(jax.random.key(seed), (len(columns), group_size), dtype) * (counts.mean() ** -0.5)
+    arrays = map(jnp.asarray, (columns, ptr, rows))
+    topology = Topology(*arrays, m=m, k=k, group_size=group_size, max_count=int(counts.max()))
+    return RowGrouped(values.astype(dtype), topology)
+
+
+def product(op: configs.Op, config: Config | None) -> Callable:
+    """The kernel of an op as a function of (matrix, x, dy), feature-major."""
+    if op == "forward":
+        return lambda matrix, x, dy: triton.forward(
+            matrix, x, None, activation=None, layout="feature_major", precision=None, config=config
+        )
+    if op == "grad_values":
+        return lambda matrix, x, dy: triton.grad_values(
+            matrix.topology, x, dy, layout="feature_major", precision=None, config=config
+        )
+    return lambda matrix, x, dy: triton.grad_input(matrix, dy, layout="feature_major", precision=None, config=config)
+
+
+def dense_products(op: configs.Op) -> tuple[Callable, ...]:
+    """What XLA does without sparsity, as functions of (weight, x, dy): in both layouts of the activations."""
+
+    def contract(a, b, i, j):
+        return jax.lax.dot_general(a, b, (((i,), (j,)), ((), ())), preferred_element_type=jnp.float32).astype(b.dtype)
+
+    return {
+        "forward": (lambda w, x, dy: contract(w, x, 1, 0), lambda w, x, dy: contract(_tokens_first(x), w, 1, 1)),
+        "grad_values": (
+            lambda w, x, dy: contract(dy, x, 1, 1),
+            lambda w, x, dy: contract(_tokens_first(dy), _tokens_first(x), 0, 0),
+        ),
+        "grad_input": (lambda w, x, dy: contract(w, dy, 0, 0), lambda w, x, dy: contract(_tokens_first(dy), w, 1, 0)),
+    }[op]  # fmt: skip
+
+
+def _tokens_first(x):
+    """The same bytes read as a token-major array: the right shape for a timing, without a transpose in it."""
+    return x.reshape(x.shape[::-1])
+
+
+def problems(
+    layers: Sequence[tuple[int, int]], tokens: Sequence[int], sparsities: Sequence[float], sizes: Sequence[int],
+    ops: Sequence[configs.Op], dtype: str,
+) -> list[Problem]:  # fmt: skip
+    """All products of the given sizes; ragged counts too where there are many tokens."""
+    found = []
+    for op, (m, k), n, sparsity, v in itertools.product(ops, layers, tokens, sparsities, sizes):
+        slots = -(-m // v) * round(k * (1 - sparsity))
+        found.append(Problem(op, m, k, n, slots, v, dtype))
+        if op == "forward" and n > 256:
+            found.append(Problem(op, m, k, n, slots, v, dtype, equal=False))
+    return found
+
+
+def tune(todo: Sequence[Problem], path: pathlib.Path, minutes: float, batch: int = 8) -> None:
+    """Measures problems until the time is over and keeps the table on disk up to date.
+
+    Args:
+        todo: what to measure.
+        path: the table.
+        minutes: no problem is begun after so many.
+        batch: problems compiled together.
+    """
+    started = time.monotonic()
+    table = {"device": configs.device_name(triton_device()), "jax": jax.__version__, "entries": []}
+    if path.exists():
+        table["entries"] = json.loads(path.read_text())["entries"]
+    done = {_key(entry) for entry in table["entries"]}
+    todo = [p for p in dict.fromkeys(todo) if _key(dataclasses.asdict(p)) not in done]
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    with Progress(*columns) as progress, concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+        task = progress.add_task("tuning", total=len(todo))
+        for i in range(0, len(todo), batch):
+            if time.monotonic() - started > minutes * 60:
+                progress.console.print(f"out of time: {len(todo) - i} problems left, call again to go on")
+                break
+            compiled = list(pool.map(_compile, todo[i : i + batch]))
+            for problem, (candidates, dense) in zip(todo[i : i + batch], compiled, strict=True):
+                entry = _measure(problem, candidates, dense)
+                table["entries"].append(entry)
+                table["date"] = str(datetime.date.today())
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_text(json.dumps(table, indent=1) + "\n")
+                ratio = entry["dense_time_us"] / entry["time_us"]
+                progress.console.print(
+                    f"{problem.op} {problem.m}x{problem.k}x{problem.n} V={problem.group_size} "
+                    f"density {problem.density:.3f}{'' if problem.equal else ' ragged'}: {entry['time_us']:.2f} us, "
+                    f"{ratio:.2f} times dense, {entry['config']}",
+                    soft_wrap=True,
+                )
+                progress.advance(task)
+
+
+def triton_device() -> str:
+    """The kind of the GPU to tune; RuntimeError without one."""
+    return jax.devices("cuda")[0].device_kind
+
+
+def _key(problem: dict) -> tuple:
+    return tuple(problem[field.name] for field in dataclasses.fields(Problem))
+
+
+def _operands(problem: Problem, seed: int) -> tuple[RowGrouped, jax.Array, jax.Array]:
+    p = problem
+    sparsity = 1 - p.slots * p.group_size / (-(-p.m // p.group_size) * p.group_size * p.k)
+    matrix = random_matrix(p.m, p.k, sparsity, p.group_size, equal=p.equal, dtype=p.dtype, seed=seed)
+    keys = jax.random.split(jax.random.key(seed + 1))
+    x = jax.random.normal(keys[0], (p.k, p.n), p.dtype)
+    return triton.prepare(matrix), x, jax.random.normal(keys[1], (p.m, p.n), p.dtype)
+
+
+def _compile(problem: Problem):
+    matrix, x, dy = _operands(problem, 0)
+    space = configs.search_space(problem)
+    if problem.op == "grad_input" and problem.n > FUSED_TOKENS:
+        space = space[:1]
+
+    def build(function, *args):
+        try:
+            return jax.jit(function).lower(*args).compile()
+        except jax.errors.JaxRuntimeError:  # too much shared memory or too many registers: not a config for this GPU
+            return None
+
+    candidates = [(c, build(product(problem.op, c), matrix, x, dy)) for c in space]
+    weight = jax.ShapeDtypeStruct((problem.m, problem.k), x.dtype)
+    dense = [build(function, weight, x, dy) for function in dense_products(problem.op)]
+    return [(c, f) for c, f in candidates if f is not None], dense
+
+
+def _measure(problem: Problem, candidates, dense) -> dict:
+    first = _operands(problem, 0)
+    weight = jax.ShapeDtypeStruct((problem.m, problem.k), first[1].dtype)
+    sparse_sets = copies(first)
+    dense_sets = copies((jax.random.normal(jax.random.key(1), weight.shape, weight.dtype), *first[1:]))
+    dense_time = min(timing.median_us(f, dense_sets)[0] for f in dense)
+    want, best = None, None
+    for config, function in candidates:
+        got = function(*first)
+        want = got if want is None else want
+        if _error(got, want) > LARGEST_ERROR:
+            continue
+        time_us, kernels = timing.median_us(function, sparse_sets)
+        if best is None or time_us < best["time_us"]:
+            best = {"config": dataclasses.asdict(config), "time_us": time_us, "kernels": kernels}
+    return dataclasses.asdict(problem) | best | {"dense_time_us": dense_time, "tried": len(candidates)}
+
+
+def copies(arguments: tuple) -> list[tuple]:
+    """The arguments and as many copies of them as fill the L2 cache twice."""
+    return [arguments] + [jax.tree.map(jnp.copy, arguments) for _ in range(1, timing.num_sets(arguments))]
+
+
+@jax.jit
+def _error(got, want):
+    got, want = got.astype(jnp.float32), want.astype(jnp.float32)
+    return jnp.linalg.norm(got - want) / jnp.linalg.norm(want)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Command line of `shfl-jax tune`."""
+    parser = argparse.ArgumentParser(prog="shfl-jax tune", description="Measures tile configs on this GPU.")
+    pair = functools.partial(_numbers, count=2)
+    parser.add_argument("--layers", type=pair, nargs="+", default=LAYERS, metavar="M,K", help="shapes of W")
+    parser.add_argument("--tokens", type=int, nargs="+", default=TOKENS)
+    parser.add_argument("--sparsity", type=float, nargs="+", default=(0.75, 0.5, 0.875))
+    parser.add_argument("--group-size", type=int, nargs="+", default=(128, 64, 32))
+    parser.add_argument("--op", nargs="+", default=("forward", "grad_values", "grad_input"))
+    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--minutes", type=float, default=8.0, help="begin no further problem after this time")
+    parser.add_argument("--out", type=pathlib.Path, help="the table (default: the one the package reads)")
+    options = parser.parse_args(arguments)
+    try:
+        device = configs.device_name(triton_device())
+    except RuntimeError:
+        parser.exit(1, "shfl-jax tune: no CUDA device in this process; the packaged tables and heuristic are used\n")
+    todo = problems(options.layers, options.tokens, options.sparsity, options.group_size, options.op, options.dtype)
+    tune(todo, options.out or configs.TABLES / f"{device}.json", options.minutes)
+
+
+def _numbers(text: str, count: int) -> tuple[int, ...]:
+    numbers = tuple(int(part) for part in text.split(","))
+    if len(numbers) != count:
+        raise argparse.ArgumentTypeError(f"expected {count} numbers with commas, got {text!r}")
+    return numbers
+
+
+if __name__ == "__main__":
+    main()
