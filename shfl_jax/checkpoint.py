@@ -7,6 +7,7 @@
 A save writes new arrays first and then replaces the header in one step, so a save that stops leaves the old one valid.
 """
 
+import dataclasses
 import json
 import os
 import secrets
@@ -21,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
-from pallas_kernels import row_grouped
+from pallas_kernels import Topology, row_grouped
 from shfl_jax.compress import LayerTopology, layers, matrices, nest
 from shfl_jax.paths import path_leaves
 from shfl_jax.serialization import decode_spec, encode_spec
@@ -49,7 +50,7 @@ def save(path: str | os.PathLike[str], sparse: Mapping[str, Any]) -> None:
     path = Path(path).absolute()
     found = layers(sparse)
     for name, layer in found.items():
-        if layer.topology is not None and (layer.topology.counts is not None or layer.topology.buckets is not None):
+        if layer.topology is not None and not _is_canonical(layer.topology):
             raise ValueError(
                 f"{name}: checkpoints hold the canonical form; save what `compress` returned, not `prepare`"
             )
@@ -136,6 +137,12 @@ def load(path: str | os.PathLike[str]) -> dict[str, Any]:
         except (ValueError, KeyError, TypeError) as error:
             raise CheckpointError(f"{path}: layer {name!r} is damaged; save the model again ({error})") from error
     return {**trees, "topology": nest(topology)}
+
+
+def _is_canonical(topology: Topology) -> bool:
+    """Whether all fields that only `prepare` sets are at their defaults."""
+    optional = [field for field in dataclasses.fields(topology) if field.default is not dataclasses.MISSING]
+    return all(getattr(topology, field.name) is field.default for field in optional)
 
 
 def _describe(layer: LayerTopology) -> dict[str, Any]:

@@ -191,7 +191,7 @@ def _timed(matrix: RowGrouped, tokens: int) -> Timing:
     return Timing(tokens, sparse_us, dense_us)
 
 
-def _medians(*funs: Callable[[], jax.Array], seconds: float = 0.2) -> list[float]:
+def _medians(*funs: Callable[[], jax.Array], seconds: float = 0.1) -> list[float]:
     """Median times in microseconds, the functions taking turns so that a change of clock hits all alike."""
     for fun in funs:
         jax.block_until_ready(fun())

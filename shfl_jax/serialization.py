@@ -5,6 +5,7 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
+import jax
 from jax import export
 
 from pallas_kernels import RowGrouped, Topology
@@ -47,44 +48,34 @@ def _subclasses(kind: type) -> Iterator[Any]:
         yield from _subclasses(child)
 
 
-def _encode_topology(aux: tuple[Any, ...]) -> bytes:
-    return json.dumps(aux).encode()
+def _register(kind: type) -> None:
+    """Lets `jax.export` store a dataclass that is a pytree: its static fields become JSON."""
+    names = [field.name for field in dataclasses.fields(kind)]
+    data = jax.tree.leaves(kind(**{name: name for name in names}))  # the fields that the pytree holds as children
+    meta = [name for name in names if name not in data]
 
+    def encode(aux_data: tuple[Any, ...]) -> bytes:
+        return json.dumps([encode_spec(v) if isinstance(v, LayerSpec) else v for v in aux_data]).encode()
 
-def _decode_topology(data: bytes) -> tuple[Any, ...]:
-    *sizes, buckets = json.loads(data)
-    return (*sizes, None if buckets is None else tuple(tuple(bucket) for bucket in buckets))
+    def decode(data: bytes) -> tuple[Any, ...]:
+        return tuple(decode_spec(v) if isinstance(v, dict) else _tuples(v) for v in json.loads(data))
 
+    def from_children(aux_data: tuple[Any, ...], children: tuple[Any, ...]) -> Any:
+        return kind(**dict(zip(data, children, strict=True)), **dict(zip(meta, aux_data, strict=True)))
 
-def _encode_layer(aux: tuple[Any, ...]) -> bytes:
-    spec, *rest = aux
-    return json.dumps([encode_spec(spec), *rest]).encode()
-
-
-def _decode_layer(data: bytes) -> tuple[Any, ...]:
-    spec, dense_because, tokens = json.loads(data)
-    return decode_spec(spec), dense_because, tuple(tokens)
-
-
-def _register(kind: type, encode: Any, decode: Any, data_fields: tuple[str, ...], meta_fields: tuple[str, ...]) -> None:
     export.register_pytree_node_serialization(
         kind,
         serialized_name=f"shfl_jax.{kind.__name__}",
         serialize_auxdata=encode,
         deserialize_auxdata=decode,
-        from_children=lambda aux_data, children: kind(
-            **dict(zip(data_fields, children, strict=True)), **dict(zip(meta_fields, aux_data, strict=True))
-        ),
+        from_children=from_children,
     )
 
 
-# The order of the fields is that of their registration as pytrees.
-_register(
-    Topology,
-    _encode_topology,
-    _decode_topology,
-    ("columns", "group_ptr", "rows", "counts"),
-    ("m", "k", "group_size", "max_count", "buckets"),
-)
-_register(RowGrouped, lambda aux: b"", lambda data: (), ("values", "topology"), ())
-_register(LayerTopology, _encode_layer, _decode_layer, ("topology",), ("spec", "dense_because", "tokens"))
+def _tuples(value: Any) -> Any:
+    """JSON knows lists only; static fields are tuples."""
+    return tuple(map(_tuples, value)) if isinstance(value, list) else value
+
+
+for _kind in (Topology, RowGrouped, LayerTopology):
+    _register(_kind)

@@ -43,8 +43,8 @@ def test_rows_say_what_every_layer_is(sparse):
 
 
 def test_times_are_measured_for_the_tokens_asked_for(sparse):
-    rows = {row.path: row for row in shfl_jax.report(sparse, tokens=(3, 17)).layers}
-    assert [timing.tokens for timing in rows["ragged/kernel"].timings] == [3, 17]
+    rows = {row.path: row for row in shfl_jax.report(sparse, tokens=(3,)).layers}
+    assert [timing.tokens for timing in rows["ragged/kernel"].timings] == [3]
     for timing in rows["equal/kernel"].timings:
         assert timing.time_us > 0
         assert timing.speedup == timing.dense_time_us / timing.time_us
