@@ -60,7 +60,7 @@ def _register(kind: type) -> None:
     def decode(data: bytes) -> tuple[Any, ...]:
         return tuple(decode_spec(v) if isinstance(v, dict) else _tuples(v) for v in json.loads(data))
 
-    def from_children(aux_data: tuple[Any, ...], children: tuple[Any, ...]) -> Any:
+    def from_children(aux_data: Any, children: Any) -> Any:
         return kind(**dict(zip(data, children, strict=True)), **dict(zip(meta, aux_data, strict=True)))
 
     export.register_pytree_node_serialization(
