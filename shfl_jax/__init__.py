@@ -7,13 +7,14 @@ from shfl_jax.compress import LayerTopology, compress, decompress, prepare
 from shfl_jax.layers import LayerSpec
 from shfl_jax.masks import Mask, Masks
 from shfl_jax.paths import path_leaves, update_paths
-from shfl_jax.patterns import BW, NM, TW, VW, Pattern, ShflBW, Unstructured
+from shfl_jax.patterns import BW, NM, TVW, TW, VW, Pattern, ShflBW, ShflTVW, Unstructured
 from shfl_jax.plan import Plan
 from shfl_jax.report import report
 
 __all__ = [
     "BW",
     "NM",
+    "TVW",
     "TW",
     "VW",
     "CheckpointError",
@@ -24,6 +25,7 @@ __all__ = [
     "Pattern",
     "Plan",
     "ShflBW",
+    "ShflTVW",
     "Unstructured",
     "allocate",
     "compress",

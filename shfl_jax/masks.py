@@ -12,23 +12,29 @@ from shfl_jax.layers import LayerSpec
 from shfl_jax.paths import path_leaves, update_paths
 
 
-@functools.partial(jax.tree_util.register_dataclass, data_fields=["rows", "kept"], meta_fields=["m"])
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["rows", "kept", "order", "choice"], meta_fields=["m"])
 @dataclasses.dataclass(frozen=True)
 class Mask:
     """Which weights of one layer are kept. Every pattern yields one; element-wise patterns have groups of one row.
 
-    Both arrays may have the same leading axes (stacked layers).
+    All arrays may have the same leading axes (stacked layers).
 
     Attributes:
         rows: (R * V,) int32, the row permutation: stored row i is row `rows[i]` of W; each of 0..M-1 once, every other
             slot the sentinel M.
         kept: (R, K) bool, the kept columns of every row group.
         m: output features M.
+        order: with 2:4 inside the groups, (R, 4 * ceil(K / 4)) int32: the kept columns of every group, four after four,
+            the sentinel K in every slot that holds none. None without.
+        choice: with 2:4 inside the groups, (M, K) bool: the kept weights; at most two of a row in every four, unless a
+            schedule is still on its way there. None where every weight of a kept column is kept.
     """
 
     rows: jax.Array
     kept: jax.Array
     m: int
+    order: jax.Array | None = None
+    choice: jax.Array | None = None
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -42,6 +48,8 @@ class Mask:
 
     def elements(self) -> jax.Array:
         """Expands the mask: (..., M, K) bool, True where a weight is kept."""
+        if self.choice is not None:
+            return self.choice
         if self.rows.ndim > 1:
             return jax.vmap(Mask.elements)(self)
         groups = jnp.zeros(self.m, jnp.int32)
@@ -51,6 +59,8 @@ class Mask:
 
     def density(self) -> jax.Array:
         """Fraction of kept weights of every slice: (...,) float32."""
+        if self.choice is not None:
+            return self.choice.mean((-2, -1), dtype=jnp.float32)
         live = (self.rows.reshape(*self.kept.shape[:-1], self.group_size) < self.m).sum(-1)
         kept = (self.kept.sum(-1) * live.astype(jnp.float32)).sum(-1)
         return kept / (self.m * self.kept.shape[-1])

@@ -71,10 +71,10 @@ class TW(base.Pattern):
         best = jnp.arange(k) == jnp.argmax(norms, axis=1)[:, None]
         keys = jnp.where(best, base.ALWAYS, base.rank_keys(norms))
         keys = jnp.where(sizes > 0, keys, -1)
-        return Mask(rows, _nearest(keys, count, costs, best & (sizes > 0)), m)
+        return Mask(rows, nearest(keys, count, costs, best & (sizes > 0)), m)
 
 
-def _nearest(keys: jax.Array, budget: jax.Array, costs: jax.Array, always: jax.Array) -> jax.Array:
+def nearest(keys: jax.Array, budget: jax.Array, costs: jax.Array, always: jax.Array) -> jax.Array:
     """The ranked prefix whose cost is nearest to the budget, the shorter of two; with all of `always`.
 
     Keys below zero belong to no unit; their cost is zero.

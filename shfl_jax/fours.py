@@ -1,0 +1,145 @@
+"""2:4 inside row groups: which inputs stand together in a four, and which two of every four a row keeps.
+
+The order of a group's kept inputs is free, and every row of the group shares it. A good order gives each four inputs of
+which every row can spare two.
+
+An order is an (R, 4 * ceil(K / 4)) int32 array: the kept columns of a group, four after four, and the sentinel K in
+every slot that holds none.
+"""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+# All ways to split eight columns into two fours; the first leaves them as they are. The first column stays in place.
+_FIRSTS = np.array([(0, *rest) for rest in itertools.combinations(range(1, 8), 3)], np.int32)
+SPLITS = np.array([[*first, *sorted({*range(8)} - {*first.tolist()})] for first in _FIRSTS], np.int32)
+
+
+def order_columns(
+    scores: jax.Array, rows: jax.Array, kept: jax.Array, group_size: int, *, rounds: int = 16
+) -> jax.Array:
+    """Searches an order in which 2:4 keeps much. Pure, of fixed shapes and steps, jit-able and vmap-able.
+
+    Columns are dealt to the fours by their sums, so that no four gets all the large ones. Then fours are refined in
+    pairs: of the 35 ways to split the eight columns of a pair the best is taken, which never loses. In round t the
+    fours j and t - j (modulo their number) meet, all at once; of F fours every two have met after F rounds.
+
+    Args:
+        scores: (M, K) floating, non-negative and finite.
+        rows: (R * V,) int32, the row permutation with sentinels M.
+        kept: (R, K) bool, the kept columns of every group.
+        group_size: V.
+        rounds: of refinement; 0 deals only.
+
+    Returns:
+        The order, (R, 4 * ceil(K / 4)) int32: columns ascend within a four, fours by their first column.
+    """
+    groups, k = kept.shape
+    num_fours = -(-k // 4)
+    members = group_members(scores, rows, group_size)
+    sums = jnp.where(kept, members.sum(1), -1)
+    ranked = jnp.argsort(-sums, axis=1, stable=True).astype(jnp.int32)
+    count = kept.sum(1, dtype=jnp.int32)[:, None]
+    used = -(-count // 4)
+    slot = jnp.arange(4 * num_fours, dtype=jnp.int32)
+    rank = slot % 4 * used + slot // 4
+    live = (slot < 4 * used) & (rank < count)
+    order = jnp.where(live, jnp.take_along_axis(ranked, jnp.minimum(rank, k - 1), axis=1), k)
+    if num_fours > 1 and rounds:
+        # One group at a time: a round reads the members of a group 35 times, and they should stay in the cache.
+        order = jax.lax.map(lambda args: _refine(*args, rounds=rounds), (members, order, used[:, 0]))
+    order = jnp.sort(order.reshape(groups, num_fours, 4), axis=2)
+    first = jnp.argsort(order[:, :, 0], axis=1, stable=True)
+    return jnp.take_along_axis(order, first[:, :, None], axis=1).reshape(groups, -1)
+
+
+def choose_two(scores: jax.Array, rows: jax.Array, order: jax.Array, group_size: int) -> jax.Array:
+    """The two highest-scoring weights of every four, ties to the lower column: (M, K) bool.
+
+    Args:
+        scores: (M, K) floating, non-negative.
+        rows: (R * V,) int32, the row permutation with sentinels M.
+        order: (R, 4 * ceil(K / 4)) int32.
+        group_size: V.
+    """
+    m, k = scores.shape
+    groups, slots = order.shape
+    real = order < k
+    fours = jnp.where(real[:, None], _ordered(group_members(scores, rows, group_size), order), -1)
+    fours = fours.reshape(groups, group_size, slots // 4, 4)
+    position = jnp.arange(4)
+    # A weight's rank is the number of those that beat it: the greater ones, and equal ones before it.
+    greater = fours[..., None, :] > fours[..., :, None]
+    before = (fours[..., None, :] == fours[..., :, None]) & (position[None, :] < position[:, None])
+    chosen = (jnp.sum(greater | before, axis=-1) < 2).reshape(groups, group_size, slots) & real[:, None]
+    slot_of = jnp.full((groups, k), slots, jnp.int32)
+    slot_of = slot_of.at[jnp.arange(groups)[:, None], order].set(jnp.arange(slots, dtype=jnp.int32), mode="drop")
+    chosen = jnp.take_along_axis(chosen, slot_of[:, None], axis=2, mode="fill", fill_value=False)
+    return chosen.reshape(-1, k)[jnp.argsort(rows)[:m]]
+
+
+def spared_values(scores: jax.Array, rows: jax.Array, kept: jax.Array, group_size: int) -> jax.Array:
+    """What every weight adds to what 2:4 can keep of its row: (M, K) float32.
+
+    With an ideal order 2:4 keeps the better half of a row's scores s over the kept columns C, and that sum is
+    min over t of |C| t / 2 + sum over C of max(s - t, 0), reached at their median. For t fixed there, a column adds
+    max(s - t, 0) + t / 2 to a row, and the sum of that over the rows of a group ranks vectors of all groups alike.
+
+    Args:
+        scores: (M, K) floating, non-negative and finite.
+        rows: (R * V,) int32, the row permutation with sentinels M.
+        kept: (R, K) bool, the columns C of every group. A row of a group that keeps none has t = 0.
+        group_size: V.
+    """
+    m, k = scores.shape
+    scores = scores.astype(jnp.float32)
+    group = jnp.zeros(m, jnp.int32).at[rows].set(jnp.arange(rows.shape[0], dtype=jnp.int32) // group_size, mode="drop")
+    half = kept.sum(1, dtype=jnp.int32)[group] // 2
+    ascending = jnp.sort(jnp.where(kept[group], scores, -1), axis=1)
+    median = jnp.take_along_axis(ascending, jnp.minimum(k - half, k - 1)[:, None], axis=1)
+    median = jnp.maximum(median, 0)
+    return jnp.maximum(scores - median, 0) + median / 2
+
+
+def group_members(scores: jax.Array, rows: jax.Array, group_size: int) -> jax.Array:
+    """The scores of every group's rows: (R, V, K) float32, zero for sentinel rows."""
+    members = scores.at[rows].get(mode="fill", fill_value=0).astype(jnp.float32)
+    return members.reshape(-1, group_size, scores.shape[1])
+
+
+def _ordered(members: jax.Array, order: jax.Array) -> jax.Array:
+    """(R, V, K) in the order of the fours: (R, V, 4 * ceil(K / 4)), zero at sentinels."""
+    return jnp.take_along_axis(members, order[:, None], axis=2, mode="fill", fill_value=0)
+
+
+def _refine(members: jax.Array, order: jax.Array, used: jax.Array, *, rounds: int) -> jax.Array:
+    """Refines one group: members (V, K), order (4 F,), of which the first `used` fours hold columns."""
+    num_fours = order.shape[0] // 4
+    pair = jnp.arange(num_fours // 2, dtype=jnp.int32)
+    splits = jnp.asarray(SPLITS)
+
+    def play(t: jax.Array, fours: jax.Array) -> jax.Array:
+        first, second = t // 2 + 1 + pair, t - (t // 2 + 1 + pair)
+        partners = jnp.where(t % 2, used // 2, (used - 1) // 2)
+        first, second = (jnp.where(pair < partners, j % jnp.maximum(used, 1), num_fours) for j in (first, second))
+        eight = jnp.concatenate([fours.at[j].get(mode="fill", fill_value=members.shape[1]) for j in (first, second)], 1)
+        # (8, V, pairs): the columns of a four are then four contiguous planes.
+        planes = members.T.at[eight.T].get(mode="fill", fill_value=0).transpose(0, 2, 1)
+
+        def value(split: jax.Array) -> jax.Array:
+            return _best_two(planes[split[:4]]).sum(0) + _best_two(planes[split[4:]]).sum(0)
+
+        best = splits[jnp.argmax(jax.lax.map(value, splits), axis=0)]
+        eight = jnp.take_along_axis(eight, best, axis=1)
+        return fours.at[first].set(eight[:, :4], mode="drop").at[second].set(eight[:, 4:], mode="drop")
+
+    return jax.lax.fori_loop(0, rounds, play, order.reshape(num_fours, 4)).reshape(-1)
+
+
+def _best_two(four: jax.Array) -> jax.Array:
+    """The sum of the two largest along the leading axis of four."""
+    a, b, c, d = four
+    return jnp.maximum(jnp.maximum(a, b) + jnp.maximum(c, d), jnp.maximum(a + b, c + d))
