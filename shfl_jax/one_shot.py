@@ -131,6 +131,8 @@ def prune_one_shot(
         raise ValueError(f"unknown score {score!r}; use one of {', '.join(map(repr, SCORES))}")
     if score == "taylor" and loss is None:
         raise ValueError("score='taylor' needs a loss: pass loss=lambda params, *batch: ...")
+    if not damping > 0:
+        raise ValueError(f"damping must be positive, got {damping}: the inputs of a layer may depend on each other")
     given = [batch if isinstance(batch, tuple) else (batch,) for batch in batches]
     if not given:
         raise ValueError("one-shot pruning needs at least one calibration batch; `batches` yielded none")

@@ -1,0 +1,252 @@
+"""One-shot pruning of a pretrained sentence encoder: every pattern, score and repair, over calibration seeds.
+
+    python -m benchmarks.one_shot --minutes 30
+
+prunes all 36 encoder matrices of all-MiniLM-L6-v2, embeds held-out sentences and compares with the dense embeddings:
+the mean cosine, and Spearman's rank correlation of the similarities of all pairs of sentences. It appends to
+benchmarks/results/<device>/one_shot.json, skips cases that are there, and can be stopped at any time. `--table` only
+prints what is there: means with 95% intervals over the seeds, and whether the claims hold.
+"""
+
+import argparse
+import collections
+import dataclasses
+import datetime
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+from scipy import stats
+
+from shfl_jax import BW, NM, TW, VW, Pattern, Plan, ShflBW, Unstructured
+from shfl_jax.one_shot import prune_one_shot
+from training import bert
+
+PATTERNS: dict[str, Callable[[float], Pattern]] = {
+    "unstructured": Unstructured,
+    "nm": lambda sparsity: NM(),
+    "shfl_bw 64": lambda sparsity: ShflBW(sparsity, group_size=64),
+    "vw 64": lambda sparsity: VW(sparsity, group_size=64),
+    "bw 64": lambda sparsity: BW(sparsity, block_size=64),
+    "tw 128": lambda sparsity: TW(sparsity, tile_size=128),
+    "shfl_bw 32": lambda sparsity: ShflBW(sparsity, group_size=32),
+    "vw 32": lambda sparsity: VW(sparsity, group_size=32),
+    "bw 32": lambda sparsity: BW(sparsity, block_size=32),
+    "shfl_bw 128": lambda sparsity: ShflBW(sparsity, group_size=128),
+    "vw 128": lambda sparsity: VW(sparsity, group_size=128),
+    "bw 128": lambda sparsity: BW(sparsity, block_size=128),
+}
+"""Label -> pattern at a sparsity; the number is V, the tile or the block."""
+FIRST = ("shfl_bw 64", "vw 64", "bw 64", "tw 128", "unstructured", "nm")
+"""The labels that are measured before the others."""
+METHODS = {"magnitude": ("magnitude", False), "repair": ("wanda", True), "wanda": ("wanda", False)}
+"""Method -> score, and whether kept weights are repaired."""
+SPARSITIES = (0.75, 0.5)
+SEEDS = 5
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One pruned model: a label of `PATTERNS`, a sparsity, a method of `METHODS`, a calibration seed."""
+
+    label: str
+    sparsity: float
+    method: str
+    seed: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """How much text: batches of `size` windows of `length` tokens to calibrate on, `held_out` sentences to measure."""
+
+    count: int = 4
+    size: int = 16
+    length: int = 64
+    held_out: int = 128
+
+
+def cases(labels: Sequence[str] = tuple(PATTERNS), seeds: int = SEEDS) -> Iterator[Case]:
+    """All cases, those of the claims first. Magnitude does not see the calibration text: one seed is all there is."""
+    for sparsity in SPARSITIES:
+        for tier in (FIRST, [label for label in PATTERNS if label not in FIRST]):
+            for method in METHODS:
+                for seed in range(1 if method == "magnitude" else seeds):
+                    for label in tier:
+                        if label in labels and PATTERNS[label](sparsity).sparsity == sparsity:
+                            yield Case(label, sparsity, method, seed)
+
+
+def spearman(embeddings: np.ndarray, reference: np.ndarray) -> float:
+    """Rank correlation of the similarities of all pairs of sentences: two sets of unit vectors (n, D)."""
+    pairs = np.triu_indices(len(reference), 1)
+    return float(stats.spearmanr((embeddings @ embeddings.T)[pairs], (reference @ reference.T)[pairs]).statistic)
+
+
+def measure(encoder: bert.Pretrained, case: Case, settings: Settings, dense: np.ndarray, text: list[str]) -> dict:
+    """Prunes and measures one case: its record."""
+    start = time.perf_counter()
+    pattern, (score, repair) = PATTERNS[case.label](case.sparsity), METHODS[case.method]
+    batches = bert.batches(encoder, case.seed, settings.count, settings.size, settings.length)
+    pruned = prune_one_shot(encoder.model, encoder.params, Plan({".*": pattern}), batches, score=score, repair=repair)
+    seconds = time.perf_counter() - start
+    embeddings = encoder.encode(text, pruned.params)
+    return {
+        "op": "one_shot",
+        "pattern": pattern.name,
+        "label": case.label,
+        "group_size": pattern.group_size,
+        "sparsity": case.sparsity,
+        "method": case.method,
+        "score": score,
+        "repair": repair,
+        "seed": case.seed,
+        "model": "all-MiniLM-L6-v2",
+        **dataclasses.asdict(settings),
+        "measured_sparsity": float(np.mean([layer.sparsity for layer in pruned.layers])),
+        "retained_saliency": float(np.mean([layer.retained for layer in pruned.layers])),
+        "masked_error": float(np.mean([layer.masked_error for layer in pruned.layers])),
+        "output_error": float(np.mean([layer.error for layer in pruned.layers])),
+        "cosine": float((embeddings * dense).sum(1).mean()),
+        "spearman": spearman(embeddings, dense),
+        "seconds": round(seconds, 2),
+    }
+
+
+def run(path: Path, settings: Settings, minutes: float, labels: Sequence[str], seeds: int) -> dict[str, Any]:
+    """Measures the cases that the file lacks until the minutes are over, and writes the file after each."""
+    deadline = time.monotonic() + 60 * minutes
+    document = json.loads(path.read_text()) if path.exists() else {"records": []}
+    done = {_key(record) for record in document["records"]}
+    text_key = dataclasses.asdict(settings)
+    wanted = [case for case in cases(labels, seeds) if _key(dataclasses.asdict(case) | text_key) not in done]
+    if not wanted:
+        return document
+    encoder = bert.pretrained()
+    text = bert.sentences(held_out=True)[: settings.held_out]
+    dense = encoder.encode(text)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True)) as bar:
+        task = bar.add_task("one-shot", total=len(wanted))
+        for case in wanted:
+            if time.monotonic() > deadline:
+                break
+            bar.update(task, description=f"{case.label} {case.sparsity:.0%} {case.method} seed {case.seed}")
+            record = measure(encoder, case, settings, dense, text)
+            document |= {
+                "device": _device(),
+                "jax": jax.__version__,
+                "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+            }
+            document["records"].append(record)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps(document, indent=1) + "\n")
+            bar.advance(task)
+    return document
+
+
+def interval(values: Sequence[float]) -> tuple[float, float]:
+    """Mean and half-width of its 95% interval (Student's t); the half-width is NaN for fewer than two values."""
+    mean = float(np.mean(values))
+    if len(values) < 2:
+        return mean, float("nan")
+    return mean, float(stats.t.ppf(0.975, len(values) - 1) * stats.sem(values))
+
+
+def table(document: dict[str, Any]) -> Table:
+    """Means and intervals of every pattern, sparsity and method."""
+    groups = collections.defaultdict(list)
+    for record in document["records"]:
+        groups[record["sparsity"], record["label"], record["method"]].append(record)
+    columns = ("sparsity", "pattern", "method", "seeds", "cosine", "rank correlation", "output error")
+    shown = Table(*columns, title="One-shot pruning of all-MiniLM-L6-v2 (95% intervals)")
+
+    def spell(records: list[dict], name: str) -> str:
+        mean, half = interval([record[name] for record in records])
+        return f"{mean:.4f}" + ("" if np.isnan(half) else f" ± {half:.4f}")
+
+    for (sparsity, label, method), records in sorted(groups.items(), key=_order):
+        numbers = [spell(records, name) for name in ("cosine", "spearman", "output_error")]
+        shown.add_row(f"{sparsity:.0%}", label, method, str(len(records)), *numbers)
+    return shown
+
+
+def claims(document: dict[str, Any]) -> Table:
+    """The claims, each a mean difference with its 95% interval, paired by seed."""
+    scores = {
+        (record["sparsity"], record["label"], record["method"], record["seed"]): record
+        for record in document["records"]
+    }
+    shown = Table("claim", "sparsity", "measure", "difference", "seeds", "holds", title="Claims")
+
+    def add(claim: str, sparsity: float, better: tuple[str, str], worse: tuple[str, str]) -> None:
+        for name in ("cosine", "spearman"):
+            pairs = []
+            for seed in range(SEEDS):
+                reference = 0 if worse[1] == "magnitude" else seed  # magnitude is the same for every seed
+                first, second = scores.get((sparsity, *better, seed)), scores.get((sparsity, *worse, reference))
+                if first and second:
+                    pairs.append(first[name] - second[name])
+            if len(pairs) > 1:
+                mean, half = interval(pairs)
+                holds = "yes" if mean - half > 0 else "no" if mean + half < 0 else "undecided"
+                row = (claim, f"{sparsity:.0%}", name, f"{mean:+.4f} ± {half:.4f}", str(len(pairs)), holds)
+                shown.add_row(*row)
+
+    for sparsity in SPARSITIES:
+        for label in PATTERNS:
+            add(f"{label}: repair beats magnitude", sparsity, (label, "repair"), (label, "magnitude"))
+    for v in (32, 64, 128):
+        for other in ("vw", "bw"):
+            for method in ("repair", "wanda"):
+                claim = f"shfl_bw {v} beats {other} {v} ({method})"
+                add(claim, 0.75, (f"shfl_bw {v}", method), (f"{other} {v}", method))
+    return shown
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the benchmark."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--minutes", type=float, default=60, help="end after this many minutes (default 60)")
+    parser.add_argument("--out", type=Path, help="the results file (default: that of this device)")
+    parser.add_argument("--patterns", nargs="+", choices=PATTERNS, default=tuple(PATTERNS), metavar="LABEL")
+    parser.add_argument("--seeds", type=int, default=SEEDS, help="calibration seeds (default 5)")
+    parser.add_argument("--table", action="store_true", help="only print the tables of the results file")
+    for field in dataclasses.fields(Settings):
+        parser.add_argument(f"--{field.name.replace('_', '-')}", type=int, default=field.default, metavar="N")
+    options = parser.parse_args(argv)
+    path = options.out or Path(__file__).parent / "results" / _device() / "one_shot.json"
+    settings = Settings(*(getattr(options, field.name) for field in dataclasses.fields(Settings)))
+    if options.table:
+        document = json.loads(path.read_text())
+    else:
+        document = run(path, settings, options.minutes, options.patterns, options.seeds)
+    console = Console()
+    console.print(table(document), claims(document))
+    return 0
+
+
+def _key(record: dict[str, Any]) -> tuple:
+    names = ("label", "sparsity", "method", "seed", *(field.name for field in dataclasses.fields(Settings)))
+    return tuple(record[name] for name in names)
+
+
+def _order(item: tuple[tuple[float, str, str], Any]) -> tuple:
+    sparsity, label, method = item[0]
+    return sparsity, list(PATTERNS).index(label), list(METHODS).index(method)
+
+
+def _device() -> str:
+    device = jax.devices()[0]
+    return "cpu" if device.platform == "cpu" else device.device_kind.lower().replace(" ", "-")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
