@@ -44,7 +44,7 @@ def kmeans(
         features: (M, D) floating, computed with in float32.
         group_size: V; if it does not divide M, the last group is smaller.
         key: of the random seeds.
-        start: (R, V) int32, a grouping that is refined as one more start.
+        start: (R, V) int32, one more grouping to refine; the result is never worse.
         seeds: number of seeded groupings; 16 for up to 256 rows, fewer for more, at least 4, unless given.
         restarts: how many of them, the best, are refined to the end.
         sweeps: the most sweeps over all pairs of one start.
@@ -67,18 +67,22 @@ def kmeans(
         distance = norms[centers] - 2 * products(jnp.arange(m), centers)
         return _assign_greedily(distance, group_size)
 
-    def cost(grouping: jax.Array) -> jax.Array:
-        return inertia(features, grouping)
-
-    def refine(starts: jax.Array, sweeps: int) -> jax.Array:
-        return jax.lax.map(lambda grouping: _exchange(products, grouping, m, sweeps, swaps), starts)
-
-    starts = refine(jax.lax.map(seeded, jax.random.split(key, seeds)), 2)
-    starts = starts[jnp.argsort(jax.lax.map(cost, starts), stable=True)[:restarts]]
+    groupings = jax.lax.map(seeded, jax.random.split(key, seeds))
     if start is not None:
-        starts = jnp.concatenate([start[None], starts])
-    groupings = refine(starts, sweeps)
-    return sort_groups(groupings[jnp.argmin(jax.lax.map(cost, groupings))], m)
+        groupings = jnp.concatenate([start[None], groupings])
+    count = groupings.shape[0]
+
+    def refine(i: jax.Array, state: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:
+        # First all of them for two sweeps, then the best to the end: one loop, because the refinement compiles slowly.
+        groupings, costs, ended = state
+        which = jnp.where(i < count, i, jnp.argmin(jnp.where(ended, jnp.inf, costs)))
+        refined = _exchange(products, groupings[which], m, jnp.where(i < count, 2, sweeps), swaps)
+        groupings, costs = groupings.at[which].set(refined), costs.at[which].set(inertia(features, refined))
+        return groupings, costs, ended.at[which].set(i >= count)
+
+    state = groupings, jnp.zeros(count, jnp.float32), jnp.zeros(count, bool)
+    groupings, costs, _ = jax.lax.fori_loop(0, count + min(restarts, count), refine, state)
+    return sort_groups(groupings[jnp.argmin(costs)], m)
 
 
 def inertia(features: jax.Array, grouping: jax.Array) -> jax.Array:
@@ -151,7 +155,7 @@ def _assign_greedily(distance: jax.Array, group_size: int) -> jax.Array:
     return _grouping(jnp.zeros(m, jnp.int32).at[order].set(groups), num_groups, group_size)
 
 
-def _exchange(products: Products, grouping: jax.Array, m: int, sweeps: int, swaps: int) -> jax.Array:
+def _exchange(products: Products, grouping: jax.Array, m: int, sweeps: jax.Array, swaps: int) -> jax.Array:
     """Refines a grouping on pairs of groups, sweep after sweep until none moves a row."""
     num_groups, v = grouping.shape
     # A round-robin tournament. An odd number of groups plays against an empty one.

@@ -64,25 +64,26 @@ class ShflBW(VW):
             offset = jnp.arange(self.shards, dtype=jnp.int32)[:, None, None] * size
             start = previous.rows.reshape(self.shards, groups, self.group_size)
             start = jnp.where(start == m, size, start - offset)
-        key = jax.random.key(self.seed)
-        found = _SEARCHES[self.search](self, scores, count, key, start)
-        rows = jnp.concatenate([jnp.where(g == size, m, g + i * size) for i, g in enumerate(found)])
+        found = _SEARCHES[self.search](self, scores, count, jax.random.key(self.seed), start)
+        rows = jnp.where(found == size, m, found + jnp.arange(self.shards, dtype=jnp.int32)[:, None, None] * size)
         return self.mask_of_rows(scores, rows.reshape(-1), count)
 
 
 def _kmeans(
     pattern: ShflBW, scores: jax.Array, count: jax.Array | int, key: jax.Array, start: jax.Array | None
-) -> list[jax.Array]:
-    """The published search: a grouping of every shard's rows, (R / S, V) with rows numbered within the shard."""
+) -> jax.Array:
+    """The published search: groupings (S, R / S, V) of every shard's rows, numbered within the shard."""
     m, k = scores.shape
     doubled = 2 * (jnp.asarray(count, jnp.int32) / pattern.units((m, k))).astype(jnp.float32)
     binary = base.top(base.rank_keys(scores), base.scaled(m * k, doubled))
     shards = binary.reshape(pattern.shards, m // pattern.shards, k)
-    starts = [None] * pattern.shards if start is None else list(start)
-    return [
-        permutation.kmeans(shard, pattern.group_size, jax.random.fold_in(key, i), start=starts[i])
-        for i, shard in enumerate(shards)
-    ]
+
+    def search(shard: tuple[jax.Array, jax.Array, jax.Array | None]) -> jax.Array:
+        rows, key, start = shard
+        return permutation.kmeans(rows, pattern.group_size, key, start=start)
+
+    # One shard after another, in one compiled loop.
+    return jax.lax.map(search, (shards, jax.random.split(key, pattern.shards), start))
 
 
 _SEARCHES = {"kmeans": _kmeans}

@@ -13,6 +13,7 @@ from shfl_jax import BW, NM, TW, VW, ShflBW, Unstructured
 from shfl_jax.patterns import base
 
 SHAPE = (22, 18)
+RAGGED_SHARDS = ShflBW(0.75, 4, balanced=True, shards=2)
 PATTERNS = [
     Unstructured(0.75),
     NM(),
@@ -21,8 +22,7 @@ PATTERNS = [
     VW(0.75, 4),
     VW(0.75, 4, balanced=True),
     VW(0.75, 4, min_share=0.5),
-    ShflBW(0.75, 4),
-    ShflBW(0.75, 4, balanced=True, shards=2),
+    RAGGED_SHARDS,
     TW(0.75, 4),
     TW(0.75, 4, outputs=False),
 ]
@@ -127,7 +127,7 @@ ANY_SIZE = [Unstructured(0.5), NM(), BW(0.5, 4), VW(0.5, 4, min_share=0.5), TW(0
 
 @settings(max_examples=60, deadline=None)
 @given(
-    st.sampled_from([(1, 1), (1, 7), (9, 1), (7, 9), (8, 8)]),
+    st.sampled_from([(1, 7), (9, 1), (7, 9)]),
     st.floats(0, 0.99),
     st.integers(0, 10**6),
     st.sampled_from(ANY_SIZE),
@@ -166,7 +166,7 @@ def test_a_large_unstructured_layer():
     assert bool(kept.reshape(-1)[2**25 - 2**24 - 4])
 
 
-@pytest.mark.parametrize("pattern", [VW(0.75, 4, balanced=True), ShflBW(0.6, 4, balanced=True)], ids=repr)
+@pytest.mark.parametrize("pattern", [VW(0.75, 4, balanced=True), ShflBW(0.75, 4, balanced=True, shards=1)], ids=repr)
 def test_balanced_groups_keep_equally_many(pattern):
     mask = shfl_jax.mask(draw((20, 18)) * np.arange(1, 21)[:, None], pattern)
     counts = mask.kept.sum(1)
@@ -202,19 +202,19 @@ def test_shfl_bw_gathers_like_rows_within_their_shards():
     assert (labels[np.asarray(mask.rows)].reshape(4, 8).std(1) == 0).all()
     sharded = np.asarray(shfl_jax.mask(scores, ShflBW(0.75, 8, shards=2)).rows).reshape(2, 16)
     np.testing.assert_array_equal(np.sort(sharded, axis=1), np.arange(32).reshape(2, 16))
-    ragged = np.asarray(shfl_jax.mask(scores[:26], ShflBW(0.75, 8, shards=2)).rows).reshape(2, 2, 8)
-    assert (ragged[0].min(), ragged[0, 0].max() < 13, ragged[1, 0].min() >= 13) == (0, True, True)
-    assert (ragged[:, 1, 5:] == 26).all()
+    ragged = np.asarray(shfl_jax.mask(draw(), RAGGED_SHARDS).rows).reshape(2, 3, 4)
+    assert (ragged[0, ragged[0] < 22] < 11).all()
+    assert (ragged[1] >= 11).all()
+    assert (ragged[:, 2, 3] == 22).all()
+    assert (ragged == 22).sum() == 2
 
 
 def test_previous_mask_is_a_start():
-    scores = draw((16, 24))
-    pattern = ShflBW(0.75, 4, shards=2)
-    first = shfl_jax.mask(scores, pattern)
-    again = shfl_jax.mask(scores, pattern, previous=first)
+    first = shfl_jax.mask(draw(), RAGGED_SHARDS)
+    again = shfl_jax.mask(draw(), RAGGED_SHARDS, previous=first)
     np.testing.assert_array_equal(again.rows, first.rows)
-    with pytest.raises(ValueError, match=r"previous mask, of shape \(16, 24\)"):
-        shfl_jax.mask(draw((18, 24)), pattern, previous=first)
+    with pytest.raises(ValueError, match=r"previous mask, of shape \(22, 18\)"):
+        shfl_jax.mask(draw((24, 18)), RAGGED_SHARDS, previous=first)
 
 
 def test_tile_wise_by_hand():
