@@ -89,7 +89,7 @@ def _equal(sparsity: float, v: int) -> tuple[tuple[str, Pattern], ...]:
 
 
 PRESETS = {
-    "cpu": Preset(GPT(0), 8, 1800, 750, 30, 10, 1e-3, _equal(0.75, 64)),
+    "cpu": Preset(GPT(0), 8, 1000, 400, 40, 10, 2e-3, _equal(0.75, 64)),
     "smoke": Preset(GPT(0, 32, 64, 1, 2, 64), 8, 60, 60, 12, 20, 3e-3, _equal(0.75, 16)),
     "gpu": Preset(
         GPT(0, 256, 512, 6, 8, 2048, 0.2, jnp.bfloat16),

@@ -1,6 +1,7 @@
 """Pruning as an Optax transformation: masks live in the optimizer's state, the training step stays as it was."""
 
 import collections
+import functools
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
@@ -44,11 +45,11 @@ def prune(
     """Wraps an optimizer so that training prunes by magnitude, gradually if the schedule says so.
 
     Whenever the schedule says, masks are computed from the magnitudes of the parameters, starting from the masks in
-    force. Gradients of pruned weights never reach the inner optimizer; where a weight is pruned or comes back, its
-    moments start from zero (arrays of other shapes than the parameter, such as Adafactor's factored moments, are left
-    alone); and the update of a pruned weight is minus its value, so that it is exactly zero after
-    `optax.apply_updates` as long as the parameters are finite. A layer with a non-finite weight keeps its mask and
-    counts that in `PruneState.skipped`.
+    force; Shfl-BW's row permutation is searched once, for the target sparsity, when a layer is first pruned. Gradients
+    of pruned weights never reach the inner optimizer; where a weight is pruned or comes back, its moments start from
+    zero (arrays of other shapes than the parameter, such as Adafactor's factored moments, are left alone); and the
+    update of a pruned weight is minus its value, so that it is exactly zero after `optax.apply_updates` as long as the
+    parameters are finite. A layer with a non-finite weight keeps its mask and counts that in `PruneState.skipped`.
 
     Wrap it outermost, inside `optax.MultiSteps` only: whatever scales the updates afterwards breaks the exact zeros.
     The masks are updated inside `lax.cond` with fixed shapes: nothing is compiled again, no callback is made.
@@ -205,7 +206,7 @@ def _search(
         ]
         stacked = jax.tree.map(lambda *parts: jnp.concatenate(parts), *stacks)
         batch = min(stacked[0].shape[0], max(1, BATCH_WEIGHTS // int(np.prod(shape))))
-        masks = jax.lax.map(lambda args, pattern=pattern: _choose(pattern, *args), stacked, batch_size=batch)
+        masks = _choose(pattern, *stacked, batch=batch)
         start = 0
         for path in paths:
             batch_shape = specs[path].batch_shape
@@ -221,12 +222,20 @@ def _flatten(tree: Any, batch_shape: tuple[int, ...]) -> Any:
     return jax.tree.map(lambda a: a.reshape(-1, *a.shape[len(batch_shape) :]), tree)
 
 
-def _choose(pattern: Pattern, scores: jax.Array, previous: Mask, count: jax.Array, target: jax.Array) -> Mask:
-    """The new mask of one matrix of scores (M, K)."""
-    if isinstance(pattern, ShflBW):
-        # Rows are grouped for the target from the start: weights that were pruned in other company stay zero.
-        return pattern.mask_of_rows(scores, pattern.mask(scores, target, previous).rows, count)
-    return pattern.mask(scores, count, previous)
+def _choose(
+    pattern: Pattern, scores: jax.Array, previous: Mask, count: jax.Array, target: jax.Array, *, batch: int
+) -> Mask:
+    """The new masks of a stack of matrices: scores (B, M, K), counts (B,), `batch` of them at a time."""
+    if not isinstance(pattern, ShflBW):
+        choose = functools.partial(jax.lax.map, lambda args: pattern.mask(args[0], args[2], args[1]), batch_size=batch)
+        return choose((scores, previous, count))
+    # Rows are grouped once, for the target, when a layer is first pruned: weights that were pruned in one company
+    # would stay zero in another, and every change of company costs what had been learned since the last.
+    free = previous.kept.all((-1, -2))
+    search = functools.partial(jax.lax.map, lambda args: pattern.mask(*args).rows, batch_size=batch)
+    found = jax.lax.cond(free.any(), search, lambda args: args[2].rows, (scores, target, previous))
+    rows = jnp.where(free[:, None], found, previous.rows)
+    return jax.lax.map(lambda args: pattern.mask_of_rows(*args), (scores, rows, count), batch_size=batch)
 
 
 def _zero_moments(

@@ -317,6 +317,13 @@ def test_row_groups_are_searched_for_the_target_from_the_first_update():
         frozenset(range(0, 8, 2)),
         frozenset(range(1, 8, 2)),
     }
+    # Other weights later: other columns, but the rows stay together.
+    other = {"w": jnp.asarray(weight[[0, 1, 3, 2, 4, 5, 7, 6], ::-1].copy(), jnp.float32)}
+    for later in (params, other):
+        _, state = tx.update(later, state, later)
+        shown = training.masks(state)["w"]
+        np.testing.assert_array_equal(shown.rows, mask.rows)
+        assert shown.density() < 1
 
 
 @pytest.mark.parametrize("freeze", [dict, flax.core.FrozenDict], ids=["dict", "FrozenDict"])
