@@ -218,9 +218,14 @@ def token_major(case, variant, values, columns, group_ptr, rows, x_tokens):
     inner = dataclasses.replace(variant, op="forward", store="rows")
     if variant.transpose == "xla":
         return forward(case, inner, values, columns, group_ptr, rows, x_tokens.T).T
-    shape = {"triton": (64, 64, 4), "triton32": (32, 128, 4), "triton128": (128, 128, 8), "triton128x64": (128, 64, 4)}[
-        variant.transpose
-    ]
+    shape = {
+        "triton": (64, 64, 4),
+        "triton32": (32, 128, 4),
+        "triton128": (128, 128, 8),
+        "triton128x64": (128, 64, 4),
+        "triton256": (64, 256, 8),
+        "triton32x32": (32, 32, 1),
+    }[variant.transpose]
     y = forward(case, inner, values, columns, group_ptr, rows, transpose(x_tokens, *shape))
     return transpose(y, *shape)
 
@@ -567,7 +572,8 @@ def studies() -> dict[str, list[tuple[Case, list[Variant]]]]:
         if br * bk // (32 * w) <= 128
     ]
     decode2 = [
-        Variant(block_rows=br, block_tokens=16, block_k=bk, num_stages=s, num_warps=w, prefetch=True, ahead=ahead, split=split)
+        Variant(block_rows=br, block_tokens=16, block_k=bk, num_stages=s, num_warps=w, prefetch=True, ahead=ahead,
+                split=split)
         for br, warps in ((16, (1, 2)), (32, (1, 2, 4)), (64, (4, 8)))
         for w in warps
         for bk, stage_choices in ((32, (6, 10)), (64, (3, 5, 8)), (128, (2, 3, 4, 6)), (256, (2, 3)))
@@ -661,6 +667,18 @@ def studies() -> dict[str, list[tuple[Case, list[Variant]]]]:
         vary(wide, block_k=bk, num_stages=s, prefetch=p)
         for bk, s, p in ((32, 7, False), (32, 9, False), (64, 4, False), (64, 5, False), (64, 6, False), (64, 7, False))
     ]
+    short = [
+        vary(plain, block_rows=br, block_tokens=bn, num_warps=w, block_k=bk, num_stages=stages, early_rows=early,
+             order=order)
+        for br, bn, w in ((128, 64, 4), (64, 128, 4), (128, 128, 4), (128, 128, 8), (128, 256, 8))
+        for bk, stages in ((32, 4), (32, 6), (64, 2), (64, 3), (64, 5))
+        for early in (False, True)
+        for order in ("groups", "tokens")
+    ]  # fmt: skip
+    wide_tokens = [
+        vary(wide, op="token_major", num_stages=5, transpose=t)
+        for t in ("xla", "triton", "triton32", "triton128", "triton128x64", "triton256", "triton32x32")
+    ]
     return {
         "layout": [(square, [*dense, *layout])],
         "tiles": [(square, [*dense, *tiles])],
@@ -703,6 +721,45 @@ def studies() -> dict[str, list[tuple[Case, list[Variant]]]]:
             (case, [*dense, *pipelines])
             for case in (square, dataclasses.replace(square, sparsity=0.5), Case(14336, 4096, 4096))
         ],
+        "short": [
+            (case, [*dense, *short]) for case in (Case(3072, 768, 8192), dataclasses.replace(square, sparsity=0.875))
+        ],
+        "token_tiles": [
+            (
+                square,
+                [
+                    *dense,
+                    *(
+                        vary(w, early_rows=e, transpose=t)
+                        for w in wide_tokens[:1]
+                        for e in (False, True)
+                        for t in ("xla", "tiles")
+                    ),
+                ],
+            ),
+            (
+                dataclasses.replace(square, sparsity=0.875),
+                [
+                    *dense,
+                    *(
+                        vary(wide, block_k=bk, num_stages=st, early_rows=True, order=order)
+                        for order in ("groups", "tokens")
+                        for bk, st in (
+                            (64, 3),
+                            (64, 4),
+                            (64, 5),
+                            (64, 6),
+                            (64, 7),
+                            (64, 8),
+                            (64, 9),
+                            (128, 3),
+                            (128, 4),
+                        )
+                    ),
+                ],
+            ),
+        ],
+        "wide_tokens": [(square, [*dense, *wide_tokens])],
         "decode2": [(Case(4096, 4096, 16), [*dense, *decode2])],
         "small": [
             (dataclasses.replace(mlp, n=64), [*dense, *decode(64, (32, 64, 128))]),

@@ -30,6 +30,7 @@ class Config:
         tokens_first: consecutive programs take consecutive token tiles of one row group, not one tile of all groups.
         flip: compute the transposed tile, which makes tokens the rows of the matrix unit.
         split: number of pieces the contraction is cut into; each yields float32 partials.
+        early_rows: load where the output goes before the loop over the steps; takes registers, saves a wait.
     """
 
     block_rows: int = 128
@@ -41,6 +42,7 @@ class Config:
     tokens_first: bool = False
     flip: bool = False
     split: int = 1
+    early_rows: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,10 +101,10 @@ def heuristic(problem: Problem) -> Config:
         split = _power_of_two(max(1, min(264 // max(tiles, 1), problem.n // 512)))
         return Config(max(rows_of_tile, 16), 64 // wide, num_stages=3, split=split)
     if problem.op == "grad_input":
-        return Config(64, _token_tile(problem.n, 128), min(rows, 64) // wide, num_stages=3)
+        return Config(64, _token_tile(problem.n, 128), min(rows, 128 // wide), num_stages=3, prefetch=True, split=4)
     if problem.n > 256:
         if rows == 128 and problem.n % 256 == 0:
-            return Config(128, 256, 64 // wide, num_warps=8, num_stages=5)
+            return Config(128, 256, 64 // wide, num_warps=8, num_stages=5, early_rows=True)
         if rows == 128:
             return Config(128, 128, 64 // wide, num_stages=5)
         if rows == 64:
@@ -133,20 +135,23 @@ def search_space(problem: Problem) -> tuple[Config, ...]:
         ]
     elif problem.op == "grad_input":
         found += [
-            Config(rows, tokens, min(v, k // wide), num_warps=4, num_stages=stages, prefetch=prefetch)
+            Config(rows, tokens, min(v, k // wide), num_stages=stages, prefetch=prefetch, split=split)
             for rows in (64, 128)
             for tokens in {_token_tile(n, 64), _token_tile(n, 128)}
             for k in (64, 128)
             for stages in (3, 4)
             for prefetch in (False, True)
+            for split in (1, 2, 4, 8)
         ]
     elif n > 256:
-        pipelines = ((32, 7, False), (64, 3, False), (64, 5, False), (64, 7, False), (64, 3, True))
-        tiles = {128: ((128, 4), (256, 8)), 64: ((128, 4), (256, 4), (256, 8))}.get(v, ((128, 4), (256, 4)))
+        pipelines = ((32, 6, False), (32, 7, False), (64, 3, False), (64, 5, False), (64, 7, False), (64, 3, True))
+        tiles = [(v, 128, 4), (v, 256, 4 if v < 128 else 8)]
+        tiles += {64: [(64, 256, 8)]}.get(v, [])
         found += [
-            Config(v, tokens, k // wide, warps, stages, prefetch, tokens_first, flip)
-            for tokens, warps in tiles
+            Config(rows, tokens, k // wide, warps, stages, prefetch, tokens_first, flip, early_rows=early_rows)
+            for rows, tokens, warps in tiles
             for k, stages, prefetch in pipelines
+            for early_rows in (False, True)
             for tokens_first in (False, True)
             for flip in ((False,) if v >= 64 else (False, True))
         ]

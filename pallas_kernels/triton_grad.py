@@ -15,7 +15,7 @@ from jax.experimental.pallas import triton as plgpu
 
 from pallas_kernels import configs
 from pallas_kernels.configs import Config
-from pallas_kernels.row_grouped import RowGrouped, Topology, slot_groups, slot_is_real
+from pallas_kernels.row_grouped import RowGrouped, Topology
 from pallas_kernels.triton_tiles import (
     call,
     check,
@@ -25,11 +25,13 @@ from pallas_kernels.triton_tiles import (
     loop,
     pad_tokens,
     problem,
+    split_steps,
     store_tile,
 )
 
 FUSED_TOKENS = 256  # up to this many tokens dX is computed without W in memory
 DECOMPRESS = Config(block_rows=64, num_warps=4, num_stages=1)
+TABLE = Config(block_rows=256, num_warps=4, num_stages=1)
 
 
 def grad_values(topology, x, dy, *, layout, precision, config=None):
@@ -47,7 +49,6 @@ def grad_values(topology, x, dy, *, layout, precision, config=None):
     if config is None:
         config = configs.config(problem("grad_values", topology, x), device_kind())
     c, p, v = config, topology.num_slots, topology.group_size
-    counts = jnp.diff(topology.group_ptr) if topology.counts is None else topology.counts
     segments = topology.segments
     exact = topology.counts is None and segments is not None and topology.max_count % c.block_rows == 0
     tiles = pl.cdiv(topology.max_count, c.block_rows)
@@ -56,7 +57,7 @@ def grad_values(topology, x, dy, *, layout, precision, config=None):
     grid, shape, dtype = (topology.num_groups * tiles,), (p, v), x.dtype
     if c.split > 1:
         grid, shape, dtype = (*grid, c.split), (c.split, *shape), jnp.float32
-    args = topology.columns, topology.group_ptr, counts, topology.rows, x, dy
+    args = topology.columns, topology.group_ptr, real_counts(topology), topology.rows, x, dy
     d = call(kernel, jax.ShapeDtypeStruct(shape, dtype), grid, c, *args, name="row_grouped_grad_values")
     d = d.sum(0).astype(x.dtype) if c.split > 1 else d
     if segments is None:  # slots behind the last group, which no program writes
@@ -92,16 +93,34 @@ def grad_input(matrix, dy, *, layout, precision, config=None):
 
 def slot_table(topology: Topology) -> jax.Array:
     """(R, K) int32: the slot that holds each input in each group, P where the group does not keep it."""
-    p = topology.num_slots
-    groups = jnp.where(slot_is_real(topology), slot_groups(topology), topology.num_groups)
-    table = jnp.full((topology.num_groups, topology.k), p, jnp.int32)
-    return table.at[groups, topology.columns].set(jnp.arange(p, dtype=jnp.int32), mode="drop", unique_indices=False)
+    p, c = topology.num_slots, TABLE
+    empty = jnp.full((topology.num_groups, topology.k), p, jnp.int32)
+    tiles = pl.cdiv(topology.max_count, c.block_rows)
+    kernel = functools.partial(_slot_table_kernel, block=c.block_rows)
+    args = topology.columns, topology.group_ptr, real_counts(topology), empty
+    return call(kernel, jax.ShapeDtypeStruct(empty.shape, empty.dtype), (topology.num_groups, tiles), c, *args,
+                name="row_grouped_slot_table", aliases={3: 0})  # fmt: skip
+
+
+def real_counts(topology: Topology) -> jax.Array:
+    """(R,) int32: how many slots of each group hold weights."""
+    return jnp.diff(topology.group_ptr) if topology.counts is None else topology.counts
+
+
+def _slot_table_kernel(columns_ref, ptr_ref, counts_ref, empty_ref, table_ref, *, block, interpret):
+    del empty_ref, interpret  # the former is the same memory as the table
+    group, local = pl.program_id(0), pl.program_id(1) * block + jnp.arange(block)
+    slots, live = ptr_ref[group] + local, local < counts_ref[group]
+    # Lanes that are masked off point behind the table: the interpreter writes them, and drops what is out of range.
+    columns = jnp.where(live, plgpu.load(columns_ref.at[slots], mask=live, other=0), table_ref.shape[1])
+    plgpu.store(table_ref.at[jnp.full_like(columns, group), columns], slots, mask=live)
 
 
 def _grad_values_kernel(
     columns_ref, ptr_ref, counts_ref, rows_ref, x_ref, dy_ref, d_ref,
-    *, config, v, m, tiles, exact, real_rows, precision,
+    *, config, v, m, tiles, exact, real_rows, precision, interpret,
 ):  # fmt: skip
+    del interpret
     c, n = config, x_ref.shape[1]
     program = pl.program_id(0)
     group, tile = lax.div(program, tiles), lax.rem(program, tiles)
@@ -113,13 +132,9 @@ def _grad_values_kernel(
     rows = rows_ref[group * v + lanes]
     live_rows = None if real_rows else rows < m
     steps = pl.cdiv(n, c.block_tokens)
-    first, last = 0, steps
-    if c.split > 1:
-        piece = pl.cdiv(steps, c.split)
-        first = pl.program_id(1) * piece
-        last = jnp.minimum(first + piece, steps)
+    first, last = split_steps(steps, c.split)
     if not exact:  # tiles behind the end of a shorter segment have nothing to do
-        last = jnp.where(tile * c.block_rows < count, last, first)
+        last = jnp.where(tile * c.block_rows < count, jnp.int32(last), jnp.int32(first))
 
     def body(step, acc):
         tokens = step * c.block_tokens + jnp.arange(c.block_tokens)
@@ -137,13 +152,17 @@ def _grad_values_kernel(
 def _grad_input(matrix: RowGrouped, table, dy, precision, config: Config):
     topology, n, c = matrix.topology, dy.shape[1], config
     kernel = functools.partial(_grad_input_kernel, config=c, m=topology.m, v=topology.group_size, precision=precision)
-    grid = (pl.cdiv(topology.k, c.block_rows) * pl.cdiv(n, c.block_tokens),)
-    shape = jax.ShapeDtypeStruct((topology.k, n), dy.dtype)
-    return call(kernel, shape, grid, c, matrix.values, table, topology.rows, dy, name="row_grouped_grad_input")
+    grid, shape, dtype = (pl.cdiv(topology.k, c.block_rows) * pl.cdiv(n, c.block_tokens),), (topology.k, n), dy.dtype
+    if c.split > 1:
+        grid, shape, dtype = (*grid, c.split), (c.split, *shape), jnp.float32
+    args = matrix.values, table, topology.rows, dy
+    dx = call(kernel, jax.ShapeDtypeStruct(shape, dtype), grid, c, *args, name="row_grouped_grad_input")
+    return dx.sum(0).astype(dy.dtype) if c.split > 1 else dx
 
 
-def _grad_input_kernel(values_ref, table_ref, rows_ref, dy_ref, dx_ref, *, config, m, v, precision):
-    c, n, k, p = config, dy_ref.shape[1], dx_ref.shape[0], values_ref.shape[0]
+def _grad_input_kernel(values_ref, table_ref, rows_ref, dy_ref, dx_ref, *, config, m, v, precision, interpret):
+    del interpret
+    c, n, k, p = config, dy_ref.shape[1], dx_ref.shape[-2], values_ref.shape[0]
     groups, block_k = table_ref.shape[0], min(config.block_k, v)
     tiles = pl.cdiv(k, c.block_rows)
     tile, token_tile = lax.rem(pl.program_id(0), tiles), lax.div(pl.program_id(0), tiles)
@@ -167,8 +186,10 @@ def _grad_input_kernel(values_ref, table_ref, rows_ref, dy_ref, dx_ref, *, confi
         return acc + contract(weights, dys, (1, 0), precision)
 
     acc = jnp.zeros((c.block_rows, c.block_tokens), jnp.float32)
-    acc = loop(0, groups * parts, load_indices, multiply, acc, prefetch=c.prefetch)
-    store_tile(dx_ref, inputs, tokens, acc.astype(dx_ref.dtype), live_inputs, live_tokens)
+    first, last = split_steps(groups * parts, c.split)
+    acc = loop(first, last, load_indices, multiply, acc, prefetch=c.prefetch)
+    leading = (pl.program_id(1),) if c.split > 1 else ()
+    store_tile(dx_ref, inputs, tokens, acc.astype(dx_ref.dtype), live_inputs, live_tokens, *leading)
 
 
 def _decompress(matrix: RowGrouped, table) -> jax.Array:
@@ -180,7 +201,8 @@ def _decompress(matrix: RowGrouped, table) -> jax.Array:
     return call(kernel, shape, grid, c, matrix.values, table, topology.rows, name="row_grouped_decompress")
 
 
-def _decompress_kernel(values_ref, table_ref, rows_ref, w_ref, *, block, v):
+def _decompress_kernel(values_ref, table_ref, rows_ref, w_ref, *, block, v, interpret):
+    del interpret
     group = pl.program_id(0)
     (m, k), p = w_ref.shape, values_ref.shape[0]
     inputs, lanes = pl.program_id(1) * block + jnp.arange(block), jnp.arange(v)

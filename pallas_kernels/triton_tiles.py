@@ -51,15 +51,16 @@ def pad_tokens(x: jax.Array) -> jax.Array:
     return jnp.pad(x, ((0, 0), (0, -n % VECTOR))) if n > 1 and n % VECTOR else x
 
 
-def call(kernel, out_shape, grid, config: Config, *args, name: str):
-    """Calls a kernel, compiled on CUDA and interpreted elsewhere."""
+def call(kernel, out_shape, grid, config: Config, *args, name: str, aliases: dict[int, int] | None = None):
+    """Calls a kernel, compiled on CUDA and interpreted elsewhere; the kernel is told by its argument `interpret`."""
 
     def run(*args, interpret):
         return pl.pallas_call(
-            kernel,
+            functools.partial(kernel, interpret=interpret),
             out_shape=out_shape,
             grid=grid,
             interpret=interpret,
+            input_output_aliases=aliases or {},
             name=name,
             compiler_params=plgpu.CompilerParams(num_warps=config.num_warps, num_stages=config.num_stages),
         )(*args)
@@ -81,6 +82,15 @@ def is_aligned(topology: Topology, block_k: int) -> bool:
     """Whether every segment is known to be a multiple of a step, so that no load needs a mask."""
     segments = topology.segments
     return segments is not None and all(length % block_k == 0 for _, length in segments)
+
+
+def split_steps(steps, split: int):
+    """The first and the last step (exclusive) of this program, where a contraction is cut into `split` pieces."""
+    if split == 1:
+        return 0, steps
+    piece = pl.cdiv(steps, split)
+    first = pl.program_id(1) * piece
+    return first, jnp.minimum(first + piece, steps)
 
 
 def loop(first, last, load_indices, multiply, acc, *, prefetch: bool):
