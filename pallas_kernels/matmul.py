@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels import xla
+from pallas_kernels import triton, xla
 from pallas_kernels.row_grouped import RowGrouped, Topology
 
 Layout = Literal["token_major", "feature_major"]
@@ -16,9 +16,9 @@ LAYOUTS = ("token_major", "feature_major")
 ACTIVATIONS = {None: lambda y: y, "relu": jax.nn.relu, "gelu": jax.nn.gelu, "silu": jax.nn.silu}
 
 # A backend is a module with forward, grad_values, grad_input and prepare over 2-D activations.
-BACKENDS: dict[str, ModuleType] = {"xla": xla}
+BACKENDS: dict[str, ModuleType] = {"triton": triton, "xla": xla}
 # What `implementation=None` tries on each platform, fastest first; every other platform uses XLA.
-PREFERENCE: dict[str, tuple[str, ...]] = {}
+PREFERENCE: dict[str, tuple[str, ...]] = {"cuda": ("triton",)}
 FALLBACK = ("xla",)
 
 
