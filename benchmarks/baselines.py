@@ -73,12 +73,12 @@ def measure(case: dict) -> list[dict]:
     def add(implementation, pattern, time_us, **more):
         records.append({"implementation": implementation, "pattern": pattern, "time_us": time_us, **more})
 
-    add("torch_cublas", "dense", kernel_time(torch.nn.functional.linear, rotate(x, weight)))
     if case["backward"]:
         dy = torch.randn(n, m, device="cuda", dtype=dtype)
         step = lambda x, w, dy: (torch.nn.functional.linear(x, w), dy @ w, dy.T @ x)  # noqa: E731
-        add("torch_cublas", "dense", kernel_time(step, rotate(x, weight, dy)), op="matmul_grad")
+        add("torch_cublas", "dense", kernel_time(step, rotate(x, weight, dy)))
         return records
+    add("torch_cublas", "dense", kernel_time(torch.nn.functional.linear, rotate(x, weight)))
     failures = (RuntimeError, NotImplementedError, AttributeError, ValueError)
     if case["sparsity"] == 0.5 and m % 32 == 0 and k % 64 == 0 and n % 16 == 0:
         try:

@@ -183,7 +183,7 @@ def shared_memory(problem: Problem, config: Config) -> int:
 def nearest(problem: Problem, device: str | None) -> tuple[Config, dict] | None:
     """The measured entry of the device's table nearest to the problem: its config and the whole entry, or None."""
     best, best_distance = None, NEAR
-    for entry in _table(device_name(device)) if device else ():
+    for entry in entries(device) if device else ():
         if any(entry[name] != getattr(problem, name) for name in ("op", "group_size", "dtype", "equal")):
             continue
         pairs = ((entry[name], getattr(problem, name)) for name in ("m", "k", "n", "slots"))
@@ -192,6 +192,11 @@ def nearest(problem: Problem, device: str | None) -> tuple[Config, dict] | None:
         if (entry["n"] <= 256) == (problem.n <= 256) and distance < best_distance:
             best, best_distance = entry, distance
     return None if best is None else (Config(**best["config"]), best)
+
+
+def entries(device: str) -> tuple[dict, ...]:
+    """All entries of a device's table; empty where there is none."""
+    return _table(device_name(device))
 
 
 def device_name(device: str) -> str:

@@ -1,4 +1,4 @@
-"""`shfl-jax tune`: measures the search space of the Triton kernels and writes a table of the best configs.
+"""Measures tile configs of the Triton kernels on this GPU and writes a table of the best.
 
 A problem already in the table is skipped, so a call that ran out of time is simply repeated. All configs of a call are
 compiled before the first is measured: CUPTI sees every kernel of the process, the compiler's own trials too.
@@ -13,6 +13,7 @@ import itertools
 import json
 import os
 import pathlib
+import sys
 import time
 from collections.abc import Callable, Sequence
 
@@ -215,8 +216,8 @@ def _error(got, want):
     return jnp.linalg.norm(got - want) / jnp.linalg.norm(want)
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Command line of `shfl-jax tune`."""
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Command line of `shfl-jax tune`; returns its exit status."""
     parser = argparse.ArgumentParser(prog="shfl-jax tune", description="Measures tile configs on this GPU.")
     pair = functools.partial(_numbers, count=2)
     parser.add_argument("--layers", type=pair, nargs="+", default=LAYERS, metavar="M,K", help="shapes of W")
@@ -231,9 +232,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         device = configs.device_name(triton_device())
     except RuntimeError:
-        parser.exit(1, "shfl-jax tune: no CUDA device in this process; the packaged tables and heuristic are used\n")
+        print("shfl-jax tune: no CUDA device here; the packaged tables and the heuristic are used", file=sys.stderr)
+        return 1
     todo = problems(options.layers, options.tokens, options.sparsity, options.group_size, options.op, options.dtype)
     tune(todo, options.out or configs.TABLES / f"{device}.json", options.minutes)
+    return 0
 
 
 def _numbers(text: str, count: int) -> tuple[int, ...]:
@@ -244,4 +247,4 @@ def _numbers(text: str, count: int) -> tuple[int, ...]:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

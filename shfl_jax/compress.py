@@ -15,6 +15,8 @@ from shfl_jax.layers import LayerSpec
 from shfl_jax.masks import Mask, Masks
 from shfl_jax.paths import path_leaves, update_paths
 
+SLOWEST = 0.97  # of the speed of dense: below it a layer stays dense
+
 
 @functools.partial(
     jax.tree_util.register_dataclass, data_fields=["topology"], meta_fields=["spec", "dense_because", "tokens"]
@@ -39,14 +41,14 @@ class LayerTopology:
 def compress(params: Any, masks: Masks, *, tokens: int | Sequence[int] = ()) -> dict[str, Any]:
     """Stores every pruned kernel as a row-grouped matrix. On the host, because sizes depend on the masks.
 
-    Some layers stay dense, with their pruned weights set to zero: those whose mask keeps everything or nothing, and
-    those of element-wise patterns (group_size 1), which have no kernel.
+    Some layers stay dense, with their pruned weights set to zero: those whose mask keeps everything or nothing,
+    those of element-wise patterns (group_size 1), which have no kernel, and those that would run slower (see `tokens`).
 
     Args:
         params: the parameter tree: nested dicts of Linen or an `nnx.State`.
         masks: the masks to apply.
-        tokens: the token counts N the model will run with. Recorded with every layer for `report`; does not change what
-            is compressed.
+        tokens: the token counts N the model will run with. A layer predicted to run below `SLOWEST` of dense at one of
+            them stays dense, where the default device has a table of measurements (`pallas_kernels.predict`).
 
     Returns:
         {'params': the tree with values (*batch, P, V) in place of compressed kernels (*batch are the spec's batch axes;
@@ -74,9 +76,32 @@ def compress(params: Any, masks: Masks, *, tokens: int | Sequence[int] = ()) -> 
             topology[spec.path] = LayerTopology(None, spec, reason, tokens)
         else:
             matrix = _told_apart(pallas_kernels.from_dense(weight, mask.rows, mask.kept))
+            reason = _why_slower(matrix, tokens)
+            if reason:
+                values[spec.path] = spec.from_matrix(jnp.where(mask.elements(), weight, 0))
+                topology[spec.path] = LayerTopology(None, spec, reason, tokens)
+                continue
             values[spec.path] = matrix.values
             topology[spec.path] = LayerTopology(matrix.topology, spec, "", tokens)
     return {"params": update_paths(params, values), "topology": nest(topology)}
+
+
+def _why_slower(matrix: RowGrouped, tokens: tuple[int, ...]) -> str:
+    """Why a layer would not pay at the declared token counts on the default device, "" if it would or nobody knows."""
+    device, topology = jax.devices()[0].device_kind, matrix.topology
+    for n in tokens:
+        prediction = pallas_kernels.predict(
+            *matrix.shape,
+            n,
+            slots=topology.num_slots,
+            group_size=topology.group_size,
+            dtype=matrix.dtype.name,
+            equal=topology.equal_counts,
+            device=device,
+        )
+        if prediction is not None and prediction.speedup < SLOWEST:
+            return f"predicted at {prediction.speedup:.2f} of dense speed for {n} tokens"
+    return ""
 
 
 def decompress(sparse: Mapping[str, Any]) -> Any:

@@ -1,0 +1,95 @@
+"""Predicts how long a product takes on a device, sparse and dense, from the device's table of measurements.
+
+The nearest measured entry is scaled by a roofline: what the arithmetic, the memory traffic and the chain of dependent
+loads of the two problems would take. So the constants below matter only for the way from the entry to the problem.
+"""
+
+import dataclasses
+import math
+from typing import Literal, NamedTuple
+
+from pallas_kernels import configs
+from pallas_kernels.configs import Problem
+
+FLOPS_PER_US = 7e8  # what a dense product reaches
+BYTES_PER_US = 4e6
+LAUNCH_US = 2.5  # the shortest kernel, from launch to end
+SLOT_US = 0.003  # a program walks over its group's slots one after another
+TRANSPOSE_BYTES_PER_US = 3.7e6
+
+
+class Prediction(NamedTuple):
+    """Predicted times in microseconds."""
+
+    sparse_us: float
+    dense_us: float
+
+    @property
+    def speedup(self) -> float:
+        """How many times faster the sparse product is."""
+        return self.dense_us / self.sparse_us
+
+
+def predict(
+    m: int, k: int, n: int, *, slots: int, group_size: int, dtype: str = "bfloat16", equal: bool = True,
+    layout: Literal["token_major", "feature_major"] = "token_major", device: str | None = None,
+) -> Prediction | None:  # fmt: skip
+    """Predicts one forward product.
+
+    Args:
+        m: output features.
+        k: input features.
+        n: tokens.
+        slots: kept columns over all groups.
+        group_size: rows of a group.
+        dtype: of values and activations.
+        equal: whether the groups have equal counts.
+        layout: of the activations; token-major ones are transposed before and after the sparse product.
+        device: a device kind, as `jax.Device.device_kind`.
+
+    Returns:
+        The two times, or None where the device has no table or the table nothing of this group size and dtype.
+    """
+    problem = Problem("forward", m, k, n, slots, group_size, jnp_name(dtype), equal)
+    entry = _nearest(problem, device)
+    if entry is None:
+        return None
+    measured = Problem(**{field.name: entry[field.name] for field in dataclasses.fields(Problem)})
+    sparse = entry["time_us"] * _sparse_roofline(problem) / _sparse_roofline(measured)
+    dense = entry["dense_time_us"] * _dense_roofline(problem) / _dense_roofline(measured)
+    if layout == "token_major" and n > 1:
+        moved = 2 * (m + k) * n * problem.itemsize
+        sparse += 2 * LAUNCH_US / 2 + moved / TRANSPOSE_BYTES_PER_US
+    return Prediction(sparse, dense)
+
+
+def jnp_name(dtype) -> str:
+    """The name of a dtype given as name or type."""
+    return dtype if isinstance(dtype, str) else getattr(dtype, "name", None) or dtype.__name__
+
+
+def _nearest(problem: Problem, device: str | None) -> dict | None:
+    entries = configs.entries(device) if device else ()
+    same = ("op", "group_size", "dtype")
+    best, best_distance = None, math.inf
+    for entry in entries:
+        if any(entry[name] != getattr(problem, name) for name in same) or (entry["n"] <= 256) != (problem.n <= 256):
+            continue
+        pairs = ((entry[name], getattr(problem, name)) for name in ("m", "k", "n", "slots"))
+        distance = sum(abs(math.log(a / b)) for a, b in pairs) + (entry["equal"] != problem.equal)
+        if distance < best_distance:
+            best, best_distance = entry, distance
+    return best
+
+
+def _sparse_roofline(p: Problem) -> float:
+    flops = 2 * p.slots * p.group_size * p.n
+    moved = (p.slots * p.group_size + (p.m + p.k) * p.n) * p.itemsize
+    chain = SLOT_US * p.slots * p.group_size / p.m
+    return LAUNCH_US + max(flops / FLOPS_PER_US, moved / BYTES_PER_US, chain)
+
+
+def _dense_roofline(p: Problem) -> float:
+    flops = 2 * p.m * p.k * p.n
+    moved = (p.m * p.k + (p.m + p.k) * p.n) * p.itemsize
+    return LAUNCH_US + max(flops / FLOPS_PER_US, moved / BYTES_PER_US)
