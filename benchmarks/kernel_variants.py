@@ -768,6 +768,12 @@ def studies() -> dict[str, list[tuple[Case, list[Variant]]]]:
     }
 
 
+def label(variant: Variant) -> str:
+    """The knobs that differ from the plain kernel's."""
+    default = dataclasses.asdict(Variant())
+    return " ".join(f"{k}={v}" for k, v in dataclasses.asdict(variant).items() if v != default[k]) or "plain"
+
+
 def run(names: list[str], out: pathlib.Path, minutes: float) -> None:
     """Measures the named studies and writes the results file."""
     started = time.monotonic()
@@ -827,6 +833,7 @@ def run(names: list[str], out: pathlib.Path, minutes: float) -> None:
             break
         record = {"study": name, "m": case.m, "k": case.k, "n": case.n, "dtype": "bfloat16", "sparsity": case.sparsity,
                   "group_size": case.group_size, "counts": "equal", "variant": dataclasses.asdict(variant)}  # fmt: skip
+        record["label"] = label(variant)
         record["op"] = "matmul_grad" if variant.op.startswith("grad") else "matmul"
         record["pattern"] = "dense" if variant.op == "dense" else "shfl_bw"
         record["implementation"] = "xla" if variant.op in ("dense", "grad_input_xla") else "triton"
@@ -856,8 +863,7 @@ def run(names: list[str], out: pathlib.Path, minutes: float) -> None:
             except Exception as error:
                 record["error"] = repr(error)[:200]
         result["records"].append(record)
-        default = dataclasses.asdict(Variant())
-        knobs = " ".join(f"{k}={v}" for k, v in record["variant"].items() if v != default[k])
+        knobs = record["label"]
         print(f"{name} {case.m}x{case.k}x{case.n} V{case.group_size}: {record.get('time_us', 0):8.2f} us "
               f"x{record.get('speedup') or 0:.2f} err {record.get('relative_error', 0):.1e} k{record.get('kernels')} "
               f"{knobs} {record.get('error', '')}", flush=True)  # fmt: skip

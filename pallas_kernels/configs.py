@@ -158,7 +158,8 @@ def search_space(problem: Problem) -> tuple[Config, ...]:
     else:
         tokens = _token_tile(n, 128)
         found += [
-            Config(rows, tokens, k // wide, 4, stages, True, False, flip, split)
+            Config(rows, tokens, k // wide, 4, stages, True, False, flip, split, early_rows)
+            for early_rows in (False, True)
             for rows in {min(v, 32), min(v, 64), v}
             for k, stages in ((64, 4), (128, 3), (128, 5), (256, 2), (256, 3))
             for flip in (False, True)
