@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 from flax import nnx
+from rich.box import SIMPLE_HEAD
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
@@ -74,14 +75,15 @@ class OneShot:
     layers: tuple[PrunedLayer, ...]
 
     def __rich__(self) -> Table:
-        """The table of all layers."""
-        table = Table("layer", "pattern", "M x K", title="One-shot pruning")
-        for name in ("sparsity", "retained saliency", "error, mask alone", "error, repaired"):
-            table.add_column(name, justify="right")
+        """The table of all layers: retained saliency, and the output error with the mask alone and after repair."""
+        table = Table(title="One-shot pruning", box=SIMPLE_HEAD)
+        table.add_column("layer", overflow="fold")
+        table.add_column("pattern", no_wrap=True)
+        for name in ("sparsity", "retained", "error", "repaired"):
+            table.add_column(name, justify="right", no_wrap=True)
         for layer in self.layers:
             numbers = (layer.sparsity, layer.retained, layer.masked_error, layer.error)
-            cells = (f"{number:.1%}" for number in numbers)
-            table.add_row(layer.path, layer.pattern, f"{layer.shape[0]} x {layer.shape[1]}", *cells)
+            table.add_row(layer.path, layer.pattern, *(f"{number:.1%}" for number in numbers))
         return table
 
 
