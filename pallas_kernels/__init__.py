@@ -3,5 +3,17 @@
 from pallas_kernels.cost import Prediction, predict
 from pallas_kernels.matmul import matmul, prepare
 from pallas_kernels.row_grouped import RowGrouped, Topology, from_dense, row_grouped, to_dense
+from pallas_kernels.two_four import from_dense_two_four
 
-__all__ = ["Prediction", "RowGrouped", "Topology", "from_dense", "matmul", "predict", "prepare", "row_grouped", "to_dense"]
+__all__ = [
+    "Prediction",
+    "RowGrouped",
+    "Topology",
+    "from_dense",
+    "from_dense_two_four",
+    "matmul",
+    "predict",
+    "prepare",
+    "row_grouped",
+    "to_dense",
+]

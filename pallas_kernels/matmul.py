@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels import triton, xla
+from pallas_kernels import triton, two_four, xla
 from pallas_kernels.row_grouped import RowGrouped, Topology
 
 Layout = Literal["token_major", "feature_major"]
@@ -90,7 +90,7 @@ def prepare(matrix: RowGrouped, implementation: str | None = None) -> RowGrouped
     if matrix.topology.counts is not None:
         raise ValueError("the matrix is prepared already: prepare the canonical one, as compressed or loaded")
     if implementation is not None:
-        return BACKENDS[implementation].prepare(matrix)
+        return two_four.call(BACKENDS[implementation], "prepare", matrix)
     return _first_able(jax.default_backend(), "prepare", matrix)
 
 
@@ -105,10 +105,10 @@ def _validate(matrix, x, bias, activation, layout, implementation) -> None:
         raise ValueError(
             f"values of shape {matrix.values.shape} are a stacked matrix: map over its leading axes with jax.vmap"
         )
-    if matrix.values.shape != (topology.num_slots, topology.group_size):
+    if matrix.values.shape != (topology.num_values, topology.group_size):
         raise ValueError(
-            f"values must have shape {(topology.num_slots, topology.group_size)} (slots, group size) to fit their "
-            f"topology, got {matrix.values.shape}"
+            f"values must have shape {(topology.num_values, topology.group_size)} (values of a row, group size) "
+            f"to fit their topology, got {matrix.values.shape}"
         )
     for name, array in (("values", matrix.values), ("x", x), ("bias", bias)):
         if array is not None and not jnp.issubdtype(array.dtype, jnp.floating):
@@ -131,17 +131,17 @@ def _first_able(platform: str, function: str, *args, **kwargs):
     """Calls `function` of the first implementation of the platform that does not raise NotImplementedError."""
     for name in PREFERENCE.get(platform, ()):
         try:
-            return getattr(BACKENDS[name], function)(*args, **kwargs)
+            return two_four.call(BACKENDS[name], function, *args, **kwargs)
         except NotImplementedError:
             continue
-    return getattr(BACKENDS[FALLBACK[0]], function)(*args, **kwargs)
+    return two_four.call(BACKENDS[FALLBACK[0]], function, *args, **kwargs)
 
 
 def _dispatch(function: str, call: _Call, *args, **kwargs) -> jax.Array:
     """Runs one backend function. The platform is chosen when lowering, so that export from a CPU works."""
     kwargs |= {"layout": call.layout, "precision": call.precision}
     if call.implementation is not None:
-        return getattr(BACKENDS[call.implementation], function)(*args, **kwargs)
+        return two_four.call(BACKENDS[call.implementation], function, *args, **kwargs)
     branches = {p: functools.partial(_first_able, p, function, **kwargs) for p in PREFERENCE}
     return lax.platform_dependent(*args, default=functools.partial(_first_able, "", function, **kwargs), **branches)
 

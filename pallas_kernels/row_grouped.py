@@ -11,12 +11,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pallas_kernels.pairs import unpack
+
 INT32_MAX = np.iinfo(np.int32).max
 
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=["columns", "group_ptr", "rows", "counts"],
+    data_fields=["columns", "group_ptr", "rows", "counts", "pairs"],
     meta_fields=["m", "k", "group_size", "max_count", "buckets"],
 )
 @dataclasses.dataclass(frozen=True)
@@ -27,7 +29,8 @@ class Topology:
     `group_ptr[R]` belong to no group, their column is the sentinel K.
 
     Attributes:
-        columns: (P,) int32, kept columns, ascending within a group.
+        columns: (P,) int32, kept columns, ascending within a group; with `pairs` in the order of the fours, and the
+            sentinel K where a four has fewer than four columns.
         group_ptr: (R + 1,) int32, group r owns the slots `group_ptr[r]:group_ptr[r + 1]`.
         rows: (R * V,) int32, stored row i is row `rows[i]` of W; each of 0..M-1 once, every other slot the sentinel M.
         counts: None where segments are exact. In a prepared topology, (R,) int32: the first `counts[r]` slots of
@@ -37,6 +40,10 @@ class Topology:
         group_size: rows of a group, V.
         max_count: the longest segment, in slots.
         buckets: None, or ((groups, slots), ...): the segment lengths known when tracing, in the order of the groups.
+        pairs: None where every row of a group uses every kept column. Under 2:4, (ceil(P / 8), V) uint8: slots stand in
+            fours, each row uses two slots of a four, and `values` is (P / 2, V). Two bits say which slot of its four a
+            value belongs to, the lower first; four of them make a byte along P / 2, the first in the lowest bits. In a
+            prepared topology words of two bytes, (ceil(P / 16), V) uint16.
     """
 
     columns: jax.Array
@@ -48,6 +55,7 @@ class Topology:
     max_count: int
     counts: jax.Array | None = None
     buckets: tuple[tuple[int, int], ...] | None = None
+    pairs: jax.Array | None = None
 
     @property
     def num_groups(self) -> int:
@@ -58,6 +66,11 @@ class Topology:
     def num_slots(self) -> int:
         """P, the number of stored columns over all groups, padding included."""
         return self.columns.shape[-1]
+
+    @property
+    def num_values(self) -> int:
+        """Stored values of a row over all groups: P, or P / 2 under 2:4."""
+        return self.num_slots if self.pairs is None else self.num_slots // 2
 
     @property
     def equal_counts(self) -> bool:
@@ -84,6 +97,7 @@ class RowGrouped:
 
     Attributes:
         values: (P, V) floating, `values[p, i]` is W[rows[r * V + i], columns[p]] for the group r that owns slot p.
+            Under 2:4, (P / 2, V): two of every four slots, see `Topology.pairs`.
         topology: its `Topology`.
     """
 
@@ -107,15 +121,24 @@ class RowGrouped:
 
 
 def row_grouped(
-    values: jax.Array, columns: jax.Array, group_ptr: jax.Array, rows: jax.Array, *, m: int, k: int
+    values: jax.Array,
+    columns: jax.Array,
+    group_ptr: jax.Array,
+    rows: jax.Array,
+    pairs: jax.Array | None = None,
+    *,
+    m: int,
+    k: int,
 ) -> RowGrouped:
     """Builds a row-grouped matrix from its arrays and checks them. On the host.
 
     Args:
-        values: (..., P, V) floating.
-        columns: (..., P) int32, strictly ascending within a group.
+        values: (..., P, V) floating; with pairs (..., P / 2, V).
+        columns: (..., P) int32, strictly ascending within a group; with pairs each once, in fours that begin with a
+            column and end with sentinels K where they hold fewer than four.
         group_ptr: (..., R + 1) int32.
         rows: (..., R * V) int32.
+        pairs: None, or (..., ceil(P / 8), V) uint8; the two of a four ascend strictly.
         m: output features M.
         k: input features K.
 
@@ -133,6 +156,8 @@ def row_grouped(
     if values.ndim < 2 or values.shape[-1] == 0:
         raise ValueError(f"values must be (..., P, V) with V >= 1, got {values.shape}")
     batch, (p, v) = values.shape[:-2], values.shape[-2:]
+    if pairs is not None:
+        p *= 2
     if m < 1 or k < 1:
         raise ValueError(f"a matrix needs at least one row and one column, got M={m}, K={k}")
     r = group_ptr.shape[-1] - 1 if group_ptr.ndim else 0
@@ -140,6 +165,8 @@ def row_grouped(
     for name, array in (("columns", columns), ("group_ptr", group_ptr), ("rows", rows)):
         if array.shape != expected[name]:
             raise ValueError(f"{name} must have shape {expected[name]} beside values {values.shape}, got {array.shape}")
+    if pairs is not None:
+        _check_pairs(pairs, batch, p, v)
     if r * v < m:
         raise ValueError(
             f"{r} groups of {v} rows cannot hold {m} rows: group_ptr needs at least {-(-m // v) + 1} entries"
@@ -152,11 +179,14 @@ def row_grouped(
         if ptr[0] != 0 or (np.diff(ptr) < 0).any() or ptr[-1] > p or (not batch and ptr[-1] != p):
             raise ValueError(f"group_ptr{at} must rise from 0 to P={p}, got {ptr[0]}..{ptr[-1]}")
         live = col[: ptr[-1]]
+        if pairs is not None:
+            _check_fours(live, ptr, k, at)
+            live = live[live != k]
         starts = np.zeros(len(live), bool)
         starts[ptr[:-1][ptr[:-1] < len(live)]] = True
         if len(live) and (live.min() < 0 or live.max() >= k):
             raise ValueError(f"columns{at} must lie in 0..{k - 1}, got {live.min()}..{live.max()}")
-        if (np.diff(live) <= 0)[~starts[1:]].any():
+        if pairs is None and (np.diff(live) <= 0)[~starts[1:]].any():
             raise ValueError(f"columns{at} must ascend strictly within every group")
         if (col[ptr[-1] :] != k).any():
             raise ValueError(f"columns{at} behind the last group must be the sentinel K={k}")
@@ -165,7 +195,35 @@ def row_grouped(
             raise ValueError(f"rows{at} must hold each of 0..{m - 1} once and the sentinel {m} elsewhere")
     max_count = int(np.diff(ptrs, axis=-1).max(initial=0))
     arrays = (jnp.asarray(a) for a in (columns, group_ptr, rows))
-    return RowGrouped(jnp.asarray(values), Topology(*arrays, m=m, k=k, group_size=v, max_count=max_count))
+    pairs = None if pairs is None else jnp.asarray(pairs)
+    topology = Topology(*arrays, m=m, k=k, group_size=v, max_count=max_count, pairs=pairs)
+    return RowGrouped(jnp.asarray(values), topology)
+
+
+def _check_pairs(pairs: jax.Array, batch: tuple[int, ...], p: int, v: int) -> None:
+    expected = (*batch, -(-p // 8), v)
+    if pairs.dtype != np.uint8 or pairs.shape != expected:
+        raise ValueError(
+            f"pairs must be uint8 of shape {expected} beside {p // 2} values a row, "
+            f"got {pairs.dtype} of shape {pairs.shape}"
+        )
+    if p % 4:
+        raise ValueError(f"2:4 stores two values of every four slots, but {p // 2} values a row are an odd number")
+    two = unpack(np.asarray(pairs), p // 2).reshape(-1, 2, v)
+    if (two[:, 0] >= two[:, 1]).any():
+        raise ValueError("pairs must ascend strictly within every four, those of padding slots too")
+
+
+def _check_fours(columns: np.ndarray, group_ptr: np.ndarray, k: int, at: str) -> None:
+    if (group_ptr % 4).any():
+        raise ValueError(f"group_ptr{at} must hold multiples of four under 2:4")
+    real = columns.reshape(-1, 4) < k
+    if not real[:, 0].all() or (real[:, 1:] & ~real[:, :-1]).any():
+        raise ValueError(f"columns{at}: a four begins with a column, and the sentinel K={k} stands only at its end")
+    group = np.repeat(np.arange(len(group_ptr) - 1, dtype=np.int64), np.diff(group_ptr))
+    keys = (group * (k + 1) + columns)[columns < k]
+    if len(np.unique(keys)) != len(keys):
+        raise ValueError(f"columns{at} must hold each column once within every group")
 
 
 def from_dense(weight: jax.Array, rows: jax.Array, kept: jax.Array) -> RowGrouped:
@@ -202,6 +260,21 @@ def from_dense(weight: jax.Array, rows: jax.Array, kept: jax.Array) -> RowGroupe
     return row_grouped(values, columns, group_ptr, rows.astype(np.int32), m=m, k=k)
 
 
+def expand(matrix: RowGrouped) -> RowGrouped:
+    """Spreads the values of a 2:4 matrix over their fours, zeros between them. Any other matrix stays as it is.
+
+    Bit for bit, NaN and the sign of zero included. Slots without a column keep the sentinel K.
+    """
+    topology, v = matrix.topology, matrix.topology.group_size
+    if topology.pairs is None:
+        return matrix
+    two = unpack(topology.pairs, topology.num_values).reshape(-1, 2, 1, v)
+    values = matrix.values.reshape(-1, 2, 1, v)
+    slot = np.arange(4, dtype=np.uint8)[:, None]
+    fours = jnp.where(two[:, 0] == slot, values[:, 0], jnp.where(two[:, 1] == slot, values[:, 1], 0))
+    return RowGrouped(fours.reshape(-1, v), dataclasses.replace(topology, pairs=None))
+
+
 def slot_groups(topology: Topology) -> jax.Array:
     """The group that owns each slot: (P,) int32, R for slots behind the last group."""
     slots = jnp.arange(topology.num_slots, dtype=jnp.int32)
@@ -219,6 +292,7 @@ def slot_is_real(topology: Topology) -> jax.Array:
 
 def to_dense(matrix: RowGrouped) -> jax.Array:
     """Decompresses a matrix without leading axes, under jit or not: (M, K), exact zeros where nothing is stored."""
+    matrix = expand(matrix)
     topology, v = matrix.topology, matrix.topology.group_size
     group = slot_groups(topology)
     rows = topology.rows.reshape(-1, v).at[group].get(mode="fill", fill_value=topology.m)

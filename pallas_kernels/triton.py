@@ -8,6 +8,8 @@ from pallas_kernels.triton_forward import forward as forward
 from pallas_kernels.triton_grad import grad_input as grad_input
 from pallas_kernels.triton_grad import grad_values as grad_values
 from pallas_kernels.triton_tiles import check
+from pallas_kernels.triton_two_four import forward_two_four as forward_two_four
+from pallas_kernels.triton_two_four import grad_values_two_four as grad_values_two_four
 
 SEGMENT = 64  # `prepare` pads segments to multiples of this, the longest step that pays with many tokens
 

@@ -29,7 +29,7 @@ from shfl_jax.serialization import decode_spec, encode_spec
 
 VERSION = 1
 _HEADER = "header.json"
-_INTEGERS = ("columns", "group_ptr", "rows")
+_INTEGERS = ("columns", "group_ptr", "rows", "pairs")  # the last one only under 2:4
 
 
 class CheckpointError(ValueError):
@@ -60,6 +60,7 @@ def save(path: str | os.PathLike[str], sparse: Mapping[str, Any]) -> None:
         f"{name}/{field}": getattr(matrix.topology, field)
         for name, matrix in matrices(sparse).items()
         for field in _INTEGERS
+        if getattr(matrix.topology, field) is not None
     }
     arrays = {name: {key: np.asarray(leaf) for key, leaf in tree.items()} for name, tree in collections.items()}
     directory = f"arrays.{secrets.token_hex(8)}"
@@ -127,7 +128,9 @@ def load(path: str | os.PathLike[str]) -> dict[str, Any]:
             spec = decode_spec(entry["spec"])
             integers = None
             if not entry["dense_because"]:
-                parts = [flat["topology"][f"{name}/{field}"] for field in _INTEGERS]
+                parts = [flat["topology"].get(f"{name}/{field}") for field in _INTEGERS]
+                if any(part is None for part in parts[:3]):
+                    raise ValueError("its topology lacks an array")
                 m, k = spec.matrix_shape
                 matrix = row_grouped(flat["params"][name], *parts, m=m, k=k)
                 integers = matrix.topology
@@ -141,8 +144,10 @@ def load(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 def _is_canonical(topology: Topology) -> bool:
     """Whether all fields that only `prepare` sets are at their defaults."""
+    if topology.pairs is not None and topology.pairs.dtype != jnp.uint8:
+        return False
     optional = [field for field in dataclasses.fields(topology) if field.default is not dataclasses.MISSING]
-    return all(getattr(topology, field.name) is field.default for field in optional)
+    return all(getattr(topology, field.name) is field.default for field in optional if field.name != "pairs")
 
 
 def _describe(layer: LayerTopology) -> dict[str, Any]:

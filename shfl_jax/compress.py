@@ -75,7 +75,7 @@ def compress(params: Any, masks: Masks, *, tokens: int | Sequence[int] = ()) -> 
             values[spec.path] = spec.from_matrix(jnp.where(mask.elements(), weight, 0))
             topology[spec.path] = LayerTopology(None, spec, reason, tokens)
         else:
-            matrix = _told_apart(pallas_kernels.from_dense(weight, mask.rows, mask.kept))
+            matrix = _matrix(weight, mask)
             reason = _why_slower(matrix, tokens)
             if reason:
                 values[spec.path] = spec.from_matrix(jnp.where(mask.elements(), weight, 0))
@@ -210,6 +210,18 @@ def _checked_weight(kernel: Any, mask: Mask, spec: LayerSpec) -> Any:
     return weight
 
 
+def _matrix(weight: Any, mask: Mask) -> RowGrouped:
+    """The compressed form of a kernel; packed where the mask keeps two of every four."""
+    if mask.order is None or mask.choice is None:
+        return _told_apart(pallas_kernels.from_dense(weight, mask.rows, mask.kept))
+    rows, order = np.asarray(mask.rows), np.asarray(mask.order)
+    live = (rows < mask.m).reshape(*order.shape[:-1], mask.group_size).sum(-1)
+    stored = (order < mask.shape[1]).reshape(*order.shape[:-1], -1, 4).sum(-1)
+    if np.asarray(mask.choice).sum() > (live * np.minimum(stored, 2).sum(-1)).sum():  # a schedule on its way
+        return _told_apart(pallas_kernels.from_dense(np.where(mask.choice, weight, 0), rows, mask.kept))
+    return pallas_kernels.from_dense_two_four(weight, rows, order, mask.choice)
+
+
 def _told_apart(matrix: RowGrouped) -> RowGrouped:
     """Makes a stack of unequal counts look like one: R * max_count slots are taken for equal counts.
 
@@ -235,5 +247,7 @@ def _why_dense(mask: Mask, spec: LayerSpec) -> str:
         return f"{spec.pattern.name} is element-wise: no kernel"
     if not np.asarray(mask.kept).any():
         return "everything is pruned"
+    if mask.choice is not None:
+        return "nothing is pruned" if np.asarray(mask.choice).all() else ""
     kept = np.asarray(mask.kept).all(-1) | (np.asarray(mask.rows) >= mask.m).reshape(*mask.kept.shape[:-1], -1).all(-1)
     return "nothing is pruned" if kept.all() else ""

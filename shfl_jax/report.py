@@ -48,7 +48,7 @@ class LayerReport:
         counts: "equal" or "ragged" kept columns per group, "-" if left dense.
         nbytes: bytes stored now, values and integers.
         dense_nbytes: bytes of the dense kernel.
-        route: "row-grouped" or "dense".
+        route: "row-grouped", "2:4" (packed, inside row groups) or "dense".
         why: the reason for the route.
         timings: one for each token count asked for; none for a layer left dense.
     """
@@ -166,7 +166,7 @@ def _compressed(path: str, layer: LayerTopology, matrix: RowGrouped) -> LayerRep
     counts = np.asarray(stored).reshape(-1, topology.num_groups)
     rows = (np.asarray(topology.rows) < m).reshape(*counts.shape, topology.group_size).sum(-1)
     dense = counts.shape[0] * m * k
-    equal = (counts == counts[:, :1]).all()
+    equal, packed = (counts == counts[:, :1]).all(), topology.pairs is not None
     return LayerReport(
         path,
         layer.spec.pattern.name,
@@ -174,12 +174,12 @@ def _compressed(path: str, layer: LayerTopology, matrix: RowGrouped) -> LayerRep
         m,
         k,
         topology.group_size,
-        1 - float((counts * rows).sum()) / dense,
+        1 - float((counts * rows).sum()) / dense / (2 if packed else 1),
         "equal" if equal else "ragged",
         matrix.nbytes,
         dense * matrix.dtype.itemsize,
-        "row-grouped",
-        "V rows share every index",
+        "2:4" if packed else "row-grouped",
+        "two of every four in groups that share every index" if packed else "V rows share every index",
     )
 
 

@@ -181,7 +181,12 @@ def _keep_all(spec: LayerSpec) -> Mask:
     shapes = jax.eval_shape(pattern.mask, jax.ShapeDtypeStruct(spec.matrix_shape, jnp.float32), 1)
     rows = np.minimum(np.arange(shapes.rows.shape[-1], dtype=np.int32), m)
     rows = np.broadcast_to(rows, (*spec.batch_shape, *rows.shape))
-    return Mask(jnp.asarray(rows), jnp.ones((*spec.batch_shape, *shapes.kept.shape), bool), m)
+    kept = jnp.ones((*spec.batch_shape, *shapes.kept.shape), bool)
+    if shapes.order is None or shapes.choice is None:
+        return Mask(jnp.asarray(rows), kept, m)
+    order = np.minimum(np.arange(shapes.order.shape[-1], dtype=np.int32), spec.matrix_shape[1])
+    order = jnp.broadcast_to(order, (*spec.batch_shape, *shapes.order.shape))
+    return Mask(jnp.asarray(rows), kept, m, order, jnp.ones((*spec.batch_shape, *shapes.choice.shape), bool))
 
 
 def _elements(masks: Masks) -> dict[str, jax.Array]:
