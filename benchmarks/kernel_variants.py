@@ -1,7 +1,7 @@
 """The study behind `pallas_kernels.triton`: what each choice in the kernels costs, one knob at a time.
 
-`python -m benchmarks.kernel_variants STUDY --out FILE` compiles all variants of a study in parallel, checks each against a
-float64 reference and writes kernel times (CUPTI, cold L2, medians). docs/kernels.md tells what came of it.
+`python -m benchmarks.kernel_variants STUDY --out FILE` compiles all variants of a study in parallel, checks each
+against a float64 reference and writes kernel times (CUPTI, cold L2, medians). docs/kernels.md tells what came of it.
 """
 
 import argparse
@@ -444,8 +444,10 @@ def arrays(case: Case, seed: int, n_sets: int) -> list[dict[str, jax.Array]]:
 
 def reference(case: Case, operands: dict[str, jax.Array], op: str) -> np.ndarray:
     """The float64 result on (a few tokens of) the operands, in feature-major order."""
-    get = {name: np.asarray(array).astype(np.float64 if array.dtype == jnp.bfloat16 else np.int64)
-           for name, array in operands.items() if name not in ("values_vk", "x_tokens", "x_tiles", "dense")}  # fmt: skip
+    get = {
+        name: np.asarray(operands[name]).astype(np.float64 if operands[name].dtype == jnp.bfloat16 else np.int64)
+        for name in ("values", "columns", "rows", "x", "dy")
+    }
     values = get["values"].reshape(case.groups, case.kept, case.group_size)
     columns = get["columns"].reshape(case.groups, case.kept)
     rows = get["rows"].reshape(case.groups, case.group_size)

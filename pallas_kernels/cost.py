@@ -15,6 +15,8 @@ FLOPS_PER_US = 7e8  # what a dense product reaches
 BYTES_PER_US = 4e6
 LAUNCH_US = 2.5  # the shortest kernel, from launch to end
 SLOT_US = 0.003  # a program walks over its group's slots one after another
+PROGRAMS = 128  # that keep a large GPU busy
+TOKEN_TILE = 256
 TRANSPOSE_BYTES_PER_US = 3.7e6
 
 
@@ -59,7 +61,7 @@ def predict(
     dense = entry["dense_time_us"] * _dense_roofline(problem) / _dense_roofline(measured)
     if layout == "token_major" and n > 1:
         moved = 2 * (m + k) * n * problem.itemsize
-        sparse += 2 * LAUNCH_US / 2 + moved / TRANSPOSE_BYTES_PER_US
+        sparse += LAUNCH_US + moved / TRANSPOSE_BYTES_PER_US
     return Prediction(sparse, dense)
 
 
@@ -86,10 +88,18 @@ def _sparse_roofline(p: Problem) -> float:
     flops = 2 * p.slots * p.group_size * p.n
     moved = (p.slots * p.group_size + (p.m + p.k) * p.n) * p.itemsize
     chain = SLOT_US * p.slots * p.group_size / p.m
-    return LAUNCH_US + max(flops / FLOPS_PER_US, moved / BYTES_PER_US, chain)
+    busy = _busy(p, p.group_size)
+    return LAUNCH_US + max(flops / FLOPS_PER_US / busy, moved / BYTES_PER_US, chain)
 
 
 def _dense_roofline(p: Problem) -> float:
     flops = 2 * p.m * p.k * p.n
     moved = (p.m * p.k + (p.m + p.k) * p.n) * p.itemsize
-    return LAUNCH_US + max(flops / FLOPS_PER_US, moved / BYTES_PER_US)
+    busy = _busy(p, 128) ** 0.25  # a dense library splits the contraction: it loses far less
+    return LAUNCH_US + max(flops / FLOPS_PER_US / busy, moved / BYTES_PER_US)
+
+
+def _busy(p: Problem, rows: int) -> float:
+    """Share of the multiprocessors at work: a tile is one program, and few rows and tokens make few."""
+    programs = -(-p.m // rows) * -(-p.n // TOKEN_TILE)
+    return min(1, programs / PROGRAMS) if p.n > TOKEN_TILE else 1

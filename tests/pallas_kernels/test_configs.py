@@ -3,13 +3,16 @@
 import dataclasses
 import itertools
 import json
+import pathlib
 
 import numpy as np
 import pytest
 
-from pallas_kernels import configs, tune
+import pallas_kernels as pk
+from pallas_kernels import configs, triton_tiles, tune
 from pallas_kernels.configs import Config, Problem
 
+RESULTS = pathlib.Path(__file__).parents[2] / "benchmarks" / "results"
 PROBLEM = Problem("forward", 4096, 4096, 4096, 32768, 128, "bfloat16")
 
 
@@ -92,6 +95,7 @@ def test_random_matrix(equal):
     assert (np.asarray(other.topology.rows) != np.asarray(matrix.topology.rows)).any()
 
 
+@pytest.mark.skipif(triton_tiles.device_kind() is not None, reason="there is a GPU: it would be tuned")
 def test_tune_without_a_gpu_says_so(capsys, tmp_path):
     assert tune.main(["--out", str(tmp_path / "table.json")]) == 1
     assert "no CUDA device" in capsys.readouterr().err
@@ -102,3 +106,23 @@ def test_problems():
     found = tune.problems([(256, 128)], [16, 512], [0.5], [32], ["forward", "grad_input"], "bfloat16")
     assert Problem("forward", 256, 128, 512, 512, 32, "bfloat16", equal=False) in found
     assert len(found) == len(set(found)) == 5
+
+
+def test_the_cost_model_decides_as_measured():
+    """Over every measured product of the benchmark: dense where sparse is clearly slower, sparse where clearly faster."""
+    records = json.loads((RESULTS / "nvidia-h200" / "matmul.json").read_text())["records"]
+    decided = 0
+    for r in records:
+        if r["implementation"] != "triton" or r["op"] != "matmul" or r["epilogue"]:
+            continue
+        slots = -(-r["m"] // r["group_size"]) * round(r["k"] * (1 - r["sparsity"]))
+        prediction = pk.predict(
+            r["m"], r["k"], r["n"], slots=slots, group_size=r["group_size"], equal=r["counts"] == "equal",
+            layout=r["layout"], device="NVIDIA H200",
+        )  # fmt: skip
+        if not 0.97 / 1.15 < r["speedup"] < 0.97 * 1.15:
+            assert (prediction.speedup < 0.97) == (r["speedup"] < 0.97), (r["case"], r["speedup"], prediction)
+            decided += 1
+    assert decided > 50
+    assert pk.predict(64, 64, 8, slots=32, group_size=32, device="cpu") is None
+    assert pk.predict(64, 64, 8, slots=32, group_size=32) is None
