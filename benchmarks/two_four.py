@@ -12,6 +12,7 @@ import json
 import os
 import pathlib
 import time
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -56,8 +57,8 @@ def random_matrix(case: Case, seed: int) -> RowGrouped:
     rng, v = np.random.default_rng(seed), case.group_size
     density, groups = 2 * (1 - case.sparsity), -(-case.m // v)
     counts = np.full(groups, round(case.k * density / 4) * 4)
+    outputs = round(case.m * density**0.5)
     if case.pattern == "tvw":
-        outputs = round(case.m * density**0.5)
         counts = np.where(np.arange(groups + 1) < -(-outputs // v), round(case.k * density**0.5 / 4) * 4, 0)
     rows = np.full(len(counts) * v, case.m, np.int32)
     if case.pattern == "tvw":
@@ -147,7 +148,7 @@ def main() -> None:
     parser.add_argument("--first", type=int, help="only so many cases")
     arguments = parser.parse_args()
     started, device = time.monotonic(), configs.device_name(tune.triton_device())
-    results = {"device": device, "jax": jax.__version__, "date": None, "records": []}
+    results: dict[str, Any] = {"device": device, "jax": jax.__version__, "date": None, "records": []}
     if arguments.out.exists():
         results = json.loads(arguments.out.read_text())
     done = {tuple(r[f.name] for f in dataclasses.fields(Case)) for r in results["records"]}

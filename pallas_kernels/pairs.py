@@ -18,7 +18,7 @@ def pack(positions):
 
 def unpack(packed, q: int):
     """Undoes `pack`, whether bytes or `words`: the first q positions, (..., q, V) uint8."""
-    shifts = np.arange(0, 8 * packed.dtype.itemsize, 2, packed.dtype)[:, None]
+    shifts = np.arange(0, 8 * packed.dtype.itemsize, 2).astype(packed.dtype)[:, None]
     positions = (packed[..., None, :] >> shifts & np.array(3, packed.dtype)).astype(np.uint8)
     return positions.reshape(*packed.shape[:-2], -1, packed.shape[-1])[..., :q, :]
 

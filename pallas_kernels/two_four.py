@@ -13,10 +13,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels.pairs import pack, unpack, words
-from pallas_kernels.row_grouped import RowGrouped, Topology, expand, row_grouped
+from pallas_kernels.row_grouped import HostArray, RowGrouped, Topology, expand, row_grouped
 
 
-def from_dense_two_four(weight: jax.Array, rows: jax.Array, order: jax.Array, choice: jax.Array) -> RowGrouped:
+def from_dense_two_four(weight: HostArray, rows: HostArray, order: HostArray, choice: HostArray) -> RowGrouped:
     """Compresses a matrix to its packed 2:4 form. On the host, because the number of slots depends on the data.
 
     Args:
@@ -33,7 +33,7 @@ def from_dense_two_four(weight: jax.Array, rows: jax.Array, order: jax.Array, ch
         ValueError: shapes disagree, a row keeps more than two of a four or a weight outside its group's columns, or
             `rows` or `order` are not what they must be.
     """
-    weight, rows, order, choice = (np.asarray(a) for a in (weight, rows, order, choice))
+    weight, rows, order, choice = np.asarray(weight), np.asarray(rows), np.asarray(order), np.asarray(choice)
     batch, (m, k), (r, s) = weight.shape[:-2], weight.shape[-2:], order.shape[-2:]
     if order.shape[:-2] != batch or rows.shape[:-1] != batch or choice.shape != weight.shape or s % 4 or r == 0:
         raise ValueError(
