@@ -1,0 +1,1 @@
+"""Side-by-side measurements; they write `benchmarks/results/<device>/<suite>.json`."""

@@ -12,7 +12,7 @@ import sys
 import warnings
 from collections.abc import Callable
 
-import torch
+import torch  # pyrefly: ignore[missing-import]
 
 L2_BYTES = 2 * 64 * 2**20
 ITERATIONS = 20

@@ -14,6 +14,7 @@ import pathlib
 import statistics
 import sys
 import time
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -73,8 +74,8 @@ def _forward_kernel(*refs, v, kept, variant, n_tokens, groups, m):
             begin = pl.multiple_of(begin, 64)
         steps = pl.cdiv(end - begin, c.block_k)
         first, last = 0, steps
+    piece = pl.program_id(1) if c.split > 1 else 0
     if c.split > 1:
-        piece = pl.program_id(1)
         per = pl.cdiv(steps, c.split)
         first = piece * per
         last = first + per if c.bounds == "static" and steps % c.split == 0 else jnp.minimum(steps, first + per)
@@ -82,8 +83,7 @@ def _forward_kernel(*refs, v, kept, variant, n_tokens, groups, m):
     offset_m = row0 + jnp.arange(c.block_rows, dtype=jnp.int32)
     tokens = tile * c.block_tokens + jnp.arange(c.block_tokens, dtype=jnp.int32)
     ragged_n = n_tokens % c.block_tokens != 0
-    if c.early_rows:
-        rows = plgpu.load(rows_ref.at[group * v + offset_m])
+    rows = plgpu.load(rows_ref.at[group * v + offset_m]) if c.early_rows else None
 
     def load_columns(step):
         slots = begin + step * c.block_k + offset_k
@@ -134,9 +134,10 @@ def _forward_kernel(*refs, v, kept, variant, n_tokens, groups, m):
 
         def body(step, carry):
             *columns, acc = carry
+            warm = None
+            warm = touch(step) if c.touch else None
             if c.touch:
                 *columns, _ = columns
-                warm = touch(step)
             for i in range(c.unroll):
                 here = step * c.unroll + i
                 acc = product(here, columns[0], acc)
@@ -161,8 +162,7 @@ def _forward_kernel(*refs, v, kept, variant, n_tokens, groups, m):
         acc = acc.T if c.store == "rows" else acc
     elif c.store == "token_major":
         acc = acc.T
-    if not c.early_rows:
-        rows = plgpu.load(rows_ref.at[group * v + offset_m])
+    rows = plgpu.load(rows_ref.at[group * v + offset_m]) if rows is None else rows
     mask = (tokens < n_tokens)[None, :] if ragged_n else None
     if c.split > 1:
         mask = None if mask is None else jnp.broadcast_to(mask, acc.shape)
@@ -795,7 +795,7 @@ def run(names: list[str], out: pathlib.Path, minutes: float) -> None:
             if json.dumps([n, c.m, c.k, c.n, c.sparsity, c.group_size, dataclasses.asdict(v)]) not in done]  # fmt: skip
 
     operand_sets: dict[Case, list] = {}
-    wants: dict[tuple, np.ndarray] = {}
+    wants: dict[str, np.ndarray] = {}
     shapes: dict[Case, dict] = {}
 
     def operands(case):
@@ -833,7 +833,8 @@ def run(names: list[str], out: pathlib.Path, minutes: float) -> None:
         if time.monotonic() - started > minutes * 60:
             print("out of time", file=sys.stderr)
             break
-        record = {"study": name, "m": case.m, "k": case.k, "n": case.n, "dtype": "bfloat16", "sparsity": case.sparsity,
+        record: dict[str, Any] = {"study": name, "m": case.m, "k": case.k, "n": case.n, "dtype": "bfloat16",
+                  "sparsity": case.sparsity,
                   "group_size": case.group_size, "counts": "equal", "variant": dataclasses.asdict(variant)}  # fmt: skip
         record["label"] = label(variant)
         record["op"] = "matmul_grad" if variant.op.startswith("grad") else "matmul"

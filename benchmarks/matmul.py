@@ -20,6 +20,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from typing import Any
 
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # PyTorch needs memory too
 
@@ -29,12 +30,20 @@ import numpy as np
 
 import pallas_kernels
 from pallas_kernels import configs, timing, tune
+from pallas_kernels.matmul import Layout
 from pallas_kernels.row_grouped import to_dense
 
 RESULTS = pathlib.Path(__file__).parent / "results"
 SPARSITIES = (0.75, 0.5, 0.875, 0.9)
 GROUP_SIZES = (128, 64, 32)
-PAPER = ((1024, 960, 1024), (4096, 960, 1024), (1024, 960, 4096), (4096, 6400, 1024), (1024, 32000, 1024), (33712, 1056, 1024))  # fmt: skip
+PAPER = (
+    (1024, 960, 1024),
+    (4096, 960, 1024),
+    (1024, 960, 4096),
+    (4096, 6400, 1024),
+    (1024, 32000, 1024),
+    (33712, 1056, 1024),
+)
 CHECKED_TOKENS = 64  # tokens of the result that are compared with float64
 IMPLEMENTATIONS = ("triton", "xla")
 XLA_ELEMENTS = 2**29  # the largest gathered operand, P x N, that plain XLA is asked to make
@@ -51,7 +60,7 @@ class Case:
     sparsity: float = 0.75
     group_size: int = 128
     counts: str = "equal"
-    layout: str = "feature_major"
+    layout: Layout = "feature_major"
     backward: bool = False
     epilogue: str | None = None  # None, or an activation with a bias
     dtype: str = "bfloat16"
@@ -104,11 +113,10 @@ class Torch:
     """PyTorch's half, in a subprocess that answers one case at a time; None where PyTorch is not installed."""
 
     def __init__(self):
-        self.process = None
+        self.process: Any = None
         if importlib.util.find_spec("torch"):
-            self.process = subprocess.Popen(
-                [sys.executable, "-m", "benchmarks.baselines"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-            )
+            command = [sys.executable, "-m", "benchmarks.baselines"]
+            self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         self.known: dict[tuple, list[dict]] = {}
 
     def measure(self, case: Case) -> list[dict]:
@@ -117,6 +125,8 @@ class Torch:
         if self.process is None or self.process.poll() is not None:
             return []
         if key not in self.known:
+            assert self.process.stdin is not None
+            assert self.process.stdout is not None
             print(json.dumps(dataclasses.asdict(case)), file=self.process.stdin, flush=True)
             self.known[key] = json.loads(self.process.stdout.readline() or "[]")
         return self.known[key]
@@ -124,6 +134,7 @@ class Torch:
     def close(self) -> None:
         """Ends the subprocess."""
         if self.process is not None:
+            assert self.process.stdin is not None
             self.process.stdin.close()
             self.process.wait()
 
@@ -180,7 +191,7 @@ def _dot(a, b, i, j):
     return jax.lax.dot_general(a, b, (((i,), (j,)), ((), ())), preferred_element_type=jnp.float32).astype(a.dtype)
 
 
-def compile_case(case: Case) -> dict[str, object]:
+def compile_case(case: Case) -> dict[str, Any]:
     """All functions of a case, compiled; an exception's text in place of one that cannot be."""
     feature_major = dataclasses.replace(case, layout="feature_major", epilogue=None)
     weight = jax.ShapeDtypeStruct((case.m, case.k), case.dtype)
@@ -192,7 +203,7 @@ def compile_case(case: Case) -> dict[str, object]:
         ):
             continue
         jobs[name] = (sparse_function(case, name), operands(case, name))
-    compiled = {}
+    compiled: dict[str, Any] = {}
     for name, (function, arguments) in jobs.items():
         try:
             compiled[name] = jax.jit(function).lower(*arguments).compile()
@@ -208,12 +219,12 @@ def _shapes(case: Case):
 
 def measure(case: Case, compiled: dict, torch: Torch) -> list[dict]:
     """The records of one case."""
-    base = dataclasses.asdict(case) | {"op": "matmul_grad" if case.backward else "matmul"}
+    base: dict[str, Any] = dataclasses.asdict(case) | {"op": "matmul_grad" if case.backward else "matmul"}
     del base["backward"]
     feature_major = dataclasses.replace(case, layout="feature_major", epilogue=None)
-    matrix, x, dy, bias = operands(feature_major, "triton")
+    _, x, dy, _ = operands(feature_major, "triton")
     dense_sets = tune.copies((jax.random.normal(jax.random.key(2), (case.m, case.k), case.dtype), x, dy))
-    records = []
+    records: list[dict[str, Any]] = []
     for layout in ("feature_major", "token_major"):
         time_us, kernels = timing.median_us(compiled[f"dense {layout}"], dense_sets)
         records.append(base | {"pattern": "dense", "implementation": "xla", "layout": layout, "time_us": time_us,

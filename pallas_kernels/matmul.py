@@ -13,7 +13,7 @@ from pallas_kernels.row_grouped import RowGrouped, Topology
 
 Layout = Literal["token_major", "feature_major"]
 LAYOUTS = ("token_major", "feature_major")
-ACTIVATIONS = {None: lambda y: y, "relu": jax.nn.relu, "gelu": jax.nn.gelu, "silu": jax.nn.silu}
+
 
 # A backend is a module with forward, grad_values, grad_input and prepare over 2-D activations.
 BACKENDS: dict[str, ModuleType] = {"triton": triton, "xla": xla}
@@ -91,15 +91,16 @@ def prepare(matrix: RowGrouped, implementation: str | None = None) -> RowGrouped
         raise ValueError("the matrix is prepared already: prepare the canonical one, as compressed or loaded")
     if implementation is not None:
         return two_four.call(BACKENDS[implementation], "prepare", matrix)
-    return _first_able(jax.default_backend(), "prepare", matrix)
+    platform = jax.default_backend()  # JAX calls CUDA "gpu" here, and "cuda" where it lowers
+    return _first_able("cuda" if platform == "gpu" else platform, "prepare", matrix)
 
 
 def _validate(matrix, x, bias, activation, layout, implementation) -> None:
     topology = matrix.topology
     if layout not in LAYOUTS:
         raise ValueError(f"layout must be one of {LAYOUTS}, got {layout!r}")
-    if activation not in ACTIVATIONS:
-        raise ValueError(f"activation must be one of {tuple(ACTIVATIONS)}, got {activation!r}")
+    if activation not in xla.ACTIVATIONS:
+        raise ValueError(f"activation must be one of {tuple(xla.ACTIVATIONS)}, got {activation!r}")
     _check_implementation(implementation)
     if matrix.values.ndim != 2:
         raise ValueError(
@@ -146,27 +147,29 @@ def _dispatch(function: str, call: _Call, *args, **kwargs) -> jax.Array:
     return lax.platform_dependent(*args, default=functools.partial(_first_able, "", function, **kwargs), **branches)
 
 
-@functools.partial(jax.jit, static_argnums=0)
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _matmul(call: _Call, topology: Topology, values: jax.Array, x: jax.Array, bias: jax.Array | None) -> jax.Array:
+def _product(call: _Call, topology: Topology, values: jax.Array, x: jax.Array, bias: jax.Array | None) -> jax.Array:
     return _dispatch("forward", call, RowGrouped(values, topology), x, bias, activation=call.activation)
 
 
 def _matmul_fwd(call: _Call, topology, values, x, bias):
     y = _dispatch("forward", call, RowGrouped(values, topology), x, bias, activation=None)
     # With an activation its argument is the residual; without one nothing of the output is kept.
-    return ACTIVATIONS[call.activation](y), (topology, values, x, bias, None if call.activation is None else y)
+    return xla.ACTIVATIONS[call.activation](y), (topology, values, x, bias, None if call.activation is None else y)
 
 
 def _matmul_bwd(call: _Call, residuals, dy):
     topology, values, x, bias, pre = residuals
     if pre is not None:
-        dy = jax.vjp(ACTIVATIONS[call.activation], pre)[1](dy)[0]
+        dy = jax.vjp(xla.ACTIVATIONS[call.activation], pre)[1](dy)[0]
     dvalues = _dispatch("grad_values", call, topology, x, dy)
     dx = _dispatch("grad_input", call, RowGrouped(values, topology), dy)
     token_axis = 0 if call.layout == "token_major" else 1
-    dbias = None if bias is None else dy.sum(token_axis, dtype=jnp.promote_types(dy.dtype, jnp.float32))
-    return None, dvalues.astype(values.dtype), dx.astype(x.dtype), None if bias is None else dbias.astype(bias.dtype)
+    dbias = None
+    if bias is not None:
+        dbias = dy.sum(token_axis, dtype=jnp.promote_types(dy.dtype, jnp.float32)).astype(bias.dtype)
+    return None, dvalues.astype(values.dtype), dx.astype(x.dtype), dbias
 
 
-_matmul.__wrapped__.defvjp(_matmul_fwd, _matmul_bwd)
+_product.defvjp(_matmul_fwd, _matmul_bwd)
+_matmul = jax.jit(_product, static_argnums=0)

@@ -15,18 +15,22 @@ from pallas_kernels.pairs import unpack
 
 INT32_MAX = np.iinfo(np.int32).max
 
+HostArray = jax.Array | np.ndarray
+"""What functions take that read their arrays on the host."""
+
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=["columns", "group_ptr", "rows", "counts", "pairs"],
-    meta_fields=["m", "k", "group_size", "max_count", "buckets"],
+    data_fields=["columns", "group_ptr", "rows", "counts", "positions", "pairs"],
+    meta_fields=["m", "k", "group_size", "max_count", "buckets", "k_contiguous"],
 )
 @dataclasses.dataclass(frozen=True)
 class Topology:
     """The integer half of a row-grouped matrix: which weights exist. Never differentiated, never optimized.
 
     Every array may have the same leading axes (stacked layers). Slices are then padded to the longest: slots behind
-    `group_ptr[R]` belong to no group, their column is the sentinel K.
+    `group_ptr[R]` belong to no group, their column is the sentinel K. P is R * `max_count` only if every segment of
+    every slice has that length.
 
     Attributes:
         columns: (P,) int32, kept columns, ascending within a group; with `pairs` in the order of the fours, and the
@@ -34,16 +38,18 @@ class Topology:
         group_ptr: (R + 1,) int32, group r owns the slots `group_ptr[r]:group_ptr[r + 1]`.
         rows: (R * V,) int32, stored row i is row `rows[i]` of W; each of 0..M-1 once, every other slot the sentinel M.
         counts: None where segments are exact. In a prepared topology, (R,) int32: the first `counts[r]` slots of
-            group r are real; the others repeat a column the group keeps (0 if it keeps none) and hold zeros.
+            group r are real; the others hold zeros, and repeat a column the group keeps or are the sentinel K.
+        positions: None, or in a prepared topology (M,) int32: row j of W is stored row `positions[j]`.
+        pairs: None where every row of a group uses every kept column. Under 2:4, (ceil(P / 8), V) uint8: slots stand in
+            fours, each row uses two slots of a four, and `values` is (P / 2, V). Two bits say which slot of its four a
+            value belongs to, the lower first; four of them make a byte along P / 2, the first in the lowest bits. In a
+            prepared topology words of two bytes, (ceil(P / 16), V) uint16.
         m: output features M.
         k: input features K.
         group_size: rows of a group, V.
         max_count: the longest segment, in slots.
         buckets: None, or ((groups, slots), ...): the segment lengths known when tracing, in the order of the groups.
-        pairs: None where every row of a group uses every kept column. Under 2:4, (ceil(P / 8), V) uint8: slots stand in
-            fours, each row uses two slots of a four, and `values` is (P / 2, V). Two bits say which slot of its four a
-            value belongs to, the lower first; four of them make a byte along P / 2, the first in the lowest bits. In a
-            prepared topology words of two bytes, (ceil(P / 16), V) uint16.
+        k_contiguous: whether every segment of the values is stored transposed, as (V, slots) (see `slot_values`).
     """
 
     columns: jax.Array
@@ -54,8 +60,10 @@ class Topology:
     group_size: int
     max_count: int
     counts: jax.Array | None = None
-    buckets: tuple[tuple[int, int], ...] | None = None
+    positions: jax.Array | None = None
     pairs: jax.Array | None = None
+    buckets: tuple[tuple[int, int], ...] | None = None
+    k_contiguous: bool = False
 
     @property
     def num_groups(self) -> int:
@@ -121,11 +129,11 @@ class RowGrouped:
 
 
 def row_grouped(
-    values: jax.Array,
-    columns: jax.Array,
-    group_ptr: jax.Array,
-    rows: jax.Array,
-    pairs: jax.Array | None = None,
+    values: HostArray,
+    columns: HostArray,
+    group_ptr: HostArray,
+    rows: HostArray,
+    pairs: HostArray | None = None,
     *,
     m: int,
     k: int,
@@ -173,7 +181,9 @@ def row_grouped(
         )
     if p > INT32_MAX:
         raise ValueError(f"{p} slots overflow int32 offsets; split the layer")
-    ptrs, cols, row_ids = (np.asarray(a).reshape(-1, a.shape[-1]) for a in (group_ptr, columns, rows))
+    slices = int(np.prod(batch))
+    ptrs, cols, row_ids = (np.asarray(a).reshape(slices, a.shape[-1]) for a in (group_ptr, columns, rows))
+    longest = int(np.diff(ptrs, axis=-1).max(initial=0))
     for b, (ptr, col, row) in enumerate(zip(ptrs, cols, row_ids, strict=True)):
         at = f" of slice {np.unravel_index(b, batch)}" if batch else ""
         if ptr[0] != 0 or (np.diff(ptr) < 0).any() or ptr[-1] > p or (not batch and ptr[-1] != p):
@@ -188,19 +198,20 @@ def row_grouped(
             raise ValueError(f"columns{at} must lie in 0..{k - 1}, got {live.min()}..{live.max()}")
         if pairs is None and (np.diff(live) <= 0)[~starts[1:]].any():
             raise ValueError(f"columns{at} must ascend strictly within every group")
+        if batch and p == r * longest and (np.diff(ptr) < longest).any():
+            raise ValueError(f"{p} slots say that all segments are of length {longest}, but group_ptr{at} is ragged")
         if (col[ptr[-1] :] != k).any():
             raise ValueError(f"columns{at} behind the last group must be the sentinel K={k}")
         used = row[row != m]
         if len(used) != m or not np.array_equal(np.sort(used), np.arange(m)):
             raise ValueError(f"rows{at} must hold each of 0..{m - 1} once and the sentinel {m} elsewhere")
-    max_count = int(np.diff(ptrs, axis=-1).max(initial=0))
     arrays = (jnp.asarray(a) for a in (columns, group_ptr, rows))
     pairs = None if pairs is None else jnp.asarray(pairs)
-    topology = Topology(*arrays, m=m, k=k, group_size=v, max_count=max_count, pairs=pairs)
+    topology = Topology(*arrays, m=m, k=k, group_size=v, max_count=longest, pairs=pairs)
     return RowGrouped(jnp.asarray(values), topology)
 
 
-def _check_pairs(pairs: jax.Array, batch: tuple[int, ...], p: int, v: int) -> None:
+def _check_pairs(pairs: HostArray, batch: tuple[int, ...], p: int, v: int) -> None:
     expected = (*batch, -(-p // 8), v)
     if pairs.dtype != np.uint8 or pairs.shape != expected:
         raise ValueError(
@@ -226,7 +237,7 @@ def _check_fours(columns: np.ndarray, group_ptr: np.ndarray, k: int, at: str) ->
         raise ValueError(f"columns{at} must hold each column once within every group")
 
 
-def from_dense(weight: jax.Array, rows: jax.Array, kept: jax.Array) -> RowGrouped:
+def from_dense(weight: HostArray, rows: HostArray, kept: HostArray) -> RowGrouped:
     """Compresses a matrix. On the host, because the number of slots depends on the data.
 
     Args:
@@ -247,11 +258,14 @@ def from_dense(weight: jax.Array, rows: jax.Array, kept: jax.Array) -> RowGroupe
     v = rows.shape[-1] // r
     if rows.size and (rows.min() < 0 or rows.max() > m):
         raise ValueError(f"rows must lie in 0..{m} (the sentinel), got {rows.min()}..{rows.max()}")
-    num_slots = int(kept.sum((-1, -2)).max(initial=0))
+    counts = kept.sum(-1)
+    num_slots = int(counts.sum(-1).max(initial=0))
+    # One more slot where some slices are ragged and the fullest is not: equal counts must show in the shapes.
+    num_slots += int(num_slots == r * counts.max(initial=0) and (counts < counts.max(initial=0)).any())
     values = np.zeros((*batch, num_slots, v), weight.dtype)
     columns = np.full((*batch, num_slots), k, np.int32)
     group_ptr = np.zeros((*batch, r + 1), np.int32)
-    np.cumsum(kept.sum(-1), axis=-1, out=group_ptr[..., 1:])
+    np.cumsum(counts, axis=-1, out=group_ptr[..., 1:])
     for b in np.ndindex(*batch):
         group, column = np.nonzero(kept[b])
         row = rows[b].reshape(r, v)[group]
@@ -290,12 +304,45 @@ def slot_is_real(topology: Topology) -> jax.Array:
     return offset < topology.counts.at[group].get(mode="fill", fill_value=0)
 
 
+def slot_index(topology: Topology) -> jax.Array:
+    """Where each weight vector is stored: (K, R) int32, the slot of column k of group r, P where it is pruned."""
+    columns = jnp.where(slot_is_real(topology), topology.columns, topology.k)
+    index = jnp.full((topology.k, topology.num_groups), topology.num_slots, jnp.int32)
+    slots = jnp.arange(topology.num_slots, dtype=jnp.int32)
+    return index.at[columns, slot_groups(topology)].set(slots, mode="drop")
+
+
+def slot_values(values: jax.Array, topology: Topology) -> jax.Array:
+    """The values in the order of the slots, (P, V), whatever their arrangement."""
+    if not topology.k_contiguous:
+        return values
+    v, start, parts = topology.group_size, 0, []
+    for groups, count in topology.segments or ():
+        part = values[start : start + groups * count].reshape(groups, v, count)
+        parts.append(part.swapaxes(1, 2).reshape(-1, v))
+        start += groups * count
+    return jnp.concatenate(parts)
+
+
+def row_positions(topology: Topology) -> jax.Array:
+    """The inverse of `rows`: (M,) int32, row j of W is stored row `row_positions[j]`."""
+    if topology.positions is not None:
+        return topology.positions
+    stored = jnp.arange(topology.rows.shape[-1], dtype=jnp.int32)
+    return jnp.zeros(topology.m, jnp.int32).at[topology.rows].set(stored, mode="drop")
+
+
+def stored_rows_dense(matrix: RowGrouped) -> jax.Array:
+    """Decompresses the transposed matrix in the order of the stored rows: (K, R * V), sentinel rows included."""
+    topology = matrix.topology
+    if topology.num_slots == 0:
+        return jnp.zeros((topology.k, topology.rows.shape[-1]), matrix.dtype)
+    # Rows of V are gathered; scattering single weights is many times slower on a CPU.
+    vectors = slot_values(matrix.values, topology).at[slot_index(topology)].get(mode="fill", fill_value=0)
+    return vectors.reshape(topology.k, -1)
+
+
 def to_dense(matrix: RowGrouped) -> jax.Array:
     """Decompresses a matrix without leading axes, under jit or not: (M, K), exact zeros where nothing is stored."""
     matrix = expand(matrix)
-    topology, v = matrix.topology, matrix.topology.group_size
-    group = slot_groups(topology)
-    rows = topology.rows.reshape(-1, v).at[group].get(mode="fill", fill_value=topology.m)
-    columns = jnp.where(slot_is_real(topology), topology.columns, topology.k)
-    dense = jnp.zeros(matrix.shape, matrix.dtype)
-    return dense.at[rows, columns[:, None]].set(matrix.values, mode="drop")
+    return stored_rows_dense(matrix).T[row_positions(matrix.topology)]

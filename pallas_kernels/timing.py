@@ -1,7 +1,9 @@
-"""Kernel times on a GPU: by CUPTI, over rotating inputs so that the L2 cache is cold, as medians."""
+"""Times: of kernels on a GPU by CUPTI, over rotating inputs so that the L2 cache is cold, and of whole calls."""
 
 import statistics
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import jax
 from jax.experimental.mosaic.gpu import profiler
@@ -50,12 +52,23 @@ def kernel_times(function: Callable, argument_sets: Sequence[tuple], iterations:
     _, timings = profiler.measure(rotating, aggregate=False, iterations=iterations)()
     if timings is None:
         raise RuntimeError("no kernel was launched")
-    if iterations == 1:
-        timings = [timings]
-    return [[time * 1e3 for _, time in call] for call in timings]
+    calls: list[Any] = [timings] if iterations == 1 else list(timings)
+    return [[milliseconds * 1e3 for _, milliseconds in call] for call in calls]
 
 
 def median_us(function: Callable, argument_sets: Sequence[tuple], iterations: int = 20) -> tuple[float, int]:
     """Median over the calls of the sum of a call's kernel times in microseconds, and the number of kernels."""
     calls = kernel_times(function, argument_sets, iterations)
     return statistics.median(sum(call) for call in calls), len(calls[0])
+
+
+def interleaved_us(functions: Mapping[str, Callable[[], Any]], runs: int) -> dict[str, float]:
+    """Median wall-clock times of calls in microseconds; the functions take turns, so that a busy machine slows all."""
+    times: dict[str, list[float]] = {label: [] for label in functions}
+    for i in range(runs + 2):  # the first two turns warm up
+        for label, function in functions.items():
+            start = time.perf_counter()
+            jax.block_until_ready(function())
+            if i >= 2:
+                times[label].append(1e6 * (time.perf_counter() - start))
+    return {label: statistics.median(values) for label, values in times.items()}

@@ -16,6 +16,7 @@ import pathlib
 import sys
 import time
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -193,14 +194,15 @@ def _measure(problem: Problem, candidates, dense) -> dict:
     sparse_sets = copies(first)
     dense_sets = copies((jax.random.normal(jax.random.key(1), weight.shape, weight.dtype), *first[1:]))
     dense_time = min(timing.median_us(f, dense_sets)[0] for f in dense)
-    want, best = None, None
+    want = None
+    best: dict[str, Any] = {}
     for config, function in candidates:
         got = function(*first)
         want = got if want is None else want
         if _error(got, want) > LARGEST_ERROR:
             continue
         time_us, kernels = timing.median_us(function, sparse_sets)
-        if best is None or time_us < best["time_us"]:
+        if not best or time_us < best["time_us"]:
             best = {"config": dataclasses.asdict(config), "time_us": time_us, "kernels": kernels}
     return dataclasses.asdict(problem) | best | {"dense_time_us": dense_time, "tried": len(candidates)}
 

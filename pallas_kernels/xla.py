@@ -1,95 +1,271 @@
-"""Row-grouped products in plain XLA: gather the activations a group reads, then one batched product a bucket."""
+"""Row-grouped products in plain XLA, in the forms that are fastest on a CPU.
 
+A group's product gathers the activations it reads, (slots, N), and multiplies them by its values. Groups whose
+segments have the same length form a bucket, one batched product. Values of an unprepared matrix are (slots, V);
+`prepare` stores them (V, slots), which saves the product the transposition of its weights.
+"""
+
+import dataclasses
+import itertools
+from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax import lax
 
-from pallas_kernels.row_grouped import Topology, slot_groups, slot_is_real, to_dense
+from pallas_kernels.row_grouped import (
+    RowGrouped,
+    Topology,
+    row_positions,
+    slot_groups,
+    slot_is_real,
+    stored_rows_dense,
+)
 
+ACTIVATIONS = {None: lambda y: y, "relu": jax.nn.relu, "gelu": jax.nn.gelu, "silu": jax.nn.silu}
 
-def forward(matrix, x, bias, *, activation, layout, precision):
-    """Computes activation(W x + bias); see `matmul` for the arguments, here 2-D."""
-    if layout == "token_major":
-        x = x.T
-    topology = matrix.topology
-    ys = []
-    for b in _buckets(topology):
-        values, columns = b.take(matrix.values, 0), b.take(topology.columns, topology.k)
-        gathered = x.at[columns].get(mode="fill", fill_value=0)
-        ys.append(_einsum("gcv,gcn->gvn", values, gathered, precision=precision))
-    stored = jnp.concatenate(ys).reshape(-1, x.shape[-1])
-    y = stored[_positions(topology)]
-    if bias is not None:
-        y = y + bias[:, None]
-    y = _ACTIVATIONS[activation](y).astype(x.dtype)
-    return y.T if layout == "token_major" else y
-
-
-def grad_values(topology, x, dy, *, layout, precision):
-    """Computes dValues (P, V), zero on padding and on sentinel rows."""
-    if layout == "token_major":
-        x, dy = x.T, dy.T
-    v = topology.group_size
-    rows = topology.rows.reshape(-1, v)
-    ds, slots = [], []
-    for b in _buckets(topology):
-        columns = b.take(topology.columns, topology.k)
-        gathered = x.at[columns].get(mode="fill", fill_value=0)
-        dyg = dy.at[rows[b.start : b.start + b.groups]].get(mode="fill", fill_value=0)
-        ds.append(_einsum("gcn,gvn->gcv", gathered, dyg, precision=precision).reshape(-1, v))
-        slots.append(b.slots.reshape(-1))
-    d = jnp.concatenate(ds)
-    if topology.segments is None:
-        d = jnp.zeros((topology.num_slots, v), d.dtype).at[jnp.concatenate(slots)].set(d, mode="drop")
-    live = rows.at[slot_groups(topology)].get(mode="fill", fill_value=topology.m) < topology.m
-    return jnp.where(live & slot_is_real(topology)[:, None], d, 0).astype(x.dtype)
-
-
-def grad_input(matrix, dy, *, layout, precision):
-    """Computes dX = W^T dY."""
-    dense = to_dense(matrix)
-    if layout == "token_major":
-        return _einsum("mk,nm->nk", dense, dy, precision=precision).astype(dy.dtype)
-    return _einsum("mk,mn->kn", dense, dy, precision=precision).astype(dy.dtype)
-
-
-def prepare(matrix):
-    """Returns the matrix as it is."""
-    return matrix
-
-
-_ACTIVATIONS = {None: lambda y: y, "relu": jax.nn.relu, "gelu": jax.nn.gelu, "silu": jax.nn.silu}
+# XLA runs the products of a batch in parallel since JAX 0.11. Before that only several independent products use all
+# cores where single ones are small, so there are more and smaller ones.
+_PARALLEL_BATCHES = jax.__version_info__ >= (0, 11)
+# Lengths that `prepare` pads segments to.
+MAX_BUCKETS = 8 if _PARALLEL_BATCHES else 16
+# What one more bucket costs a call, in slots of padding.
+BUCKET_SLOTS = 32
+# Gathered activations of one product, in bytes.
+GATHER_BYTES = 8 << 20 if _PARALLEL_BATCHES else 1 << 18
+MAX_PRODUCTS = 64
+# Gathered activations of a call, in bytes, from which on a loop with small products is better: it reuses its buffers,
+# and memory fresh from the system costs more than the product.
+LOOP_BYTES = 4 << 20
+LOOP_GATHER_BYTES = 1 << 20
+TOKENS_OF_LOOPS = 512
 
 
 class _Bucket(NamedTuple):
-    start: int
-    groups: int
-    slots: jax.Array
+    """Groups with the same number of slots."""
 
-    def take(self, array, fill):
-        return array.at[self.slots].get(mode="fill", fill_value=fill)
+    values: jax.Array | None  # (groups, V, slots) where K-contiguous, else (groups, slots, V)
+    columns: jax.Array  # (groups, slots), K on padding
+    rows: jax.Array  # (groups, V), M on sentinel rows
 
 
-def _buckets(topology: Topology) -> list[_Bucket]:
-    real = slot_is_real(topology)
+def forward(
+    matrix: RowGrouped,
+    x: jax.Array,
+    bias: jax.Array | None,
+    *,
+    activation: str | None,
+    layout: str,
+    precision: lax.PrecisionLike,
+) -> jax.Array:
+    """Computes activation(W x + bias) for 2-D `x`; see `pallas_kernels.matmul`."""
+    topology = matrix.topology
+    token_major = layout == "token_major"
+    if token_major:
+        x = _store(x.T)
+    loop = token_major or _is_large(topology, x)
+    spec = "gvc,gcn->gvn" if topology.k_contiguous else "gcv,gcn->gvn"
+
+    def product(bucket):
+        y = _einsum(spec, bucket.values, _rows_of(x, bucket.columns), precision)
+        return y.reshape(y.shape[0] * y.shape[1], y.shape[2])
+
+    stored = _by_products(product, _buckets(matrix.values, topology), x.dtype.itemsize * x.shape[1], loop=loop)
+    y = _permute_rows(stored, row_positions(topology), loop=loop)
+    if token_major:
+        y = y.T
+    if bias is not None:
+        y = y + (bias if token_major else bias[:, None])
+    return ACTIVATIONS[activation](y).astype(x.dtype)
+
+
+def _is_large(topology: Topology, x: jax.Array) -> bool:
+    gathered = topology.num_slots * x.dtype.itemsize * x.shape[1]
+    return gathered > LOOP_BYTES and x.shape[1] >= TOKENS_OF_LOOPS
+
+
+def _by_products(
+    product: Callable[[_Bucket], jax.Array], buckets: Iterable[_Bucket], token_bytes: int, *, loop: bool
+) -> jax.Array:
+    """Runs `product` over all groups, some at a time, and concatenates what it returns.
+
+    A loop reuses its buffers.
+    """
+    parts = []
+    for bucket in buckets:
+        groups, count = bucket.columns.shape
+        limit = LOOP_GATHER_BYTES if loop else GATHER_BYTES
+        most = min(max(limit // max(count * token_bytes, 1), -(-groups // MAX_PRODUCTS), 1), groups)
+        step = next(step for step in range(most, 0, -1) if groups % step == 0)
+        chunks = jax.tree.map(lambda a, step=step: a.reshape(a.shape[0] // step, step, *a.shape[1:]), bucket)
+        if loop:
+            part = lax.map(product, chunks)
+            parts.append(part.reshape(part.shape[0] * part.shape[1], *part.shape[2:]))
+        else:
+            parts += [product(jax.tree.map(lambda a, i=i: a[i], chunks)) for i in range(groups // step)]
+    return jnp.concatenate(parts)
+
+
+def _permute_rows(stored: jax.Array, positions: jax.Array, *, loop: bool) -> jax.Array:
+    """Rows of `stored` in the order of `positions`."""
+    moved = (_store(stored) if loop else stored).at[positions].get(mode="promise_in_bounds")
+    return _store(moved) if loop else moved
+
+
+def _store(a: jax.Array) -> jax.Array:
+    """Makes XLA store an array instead of fusing it into its readers, on a CPU.
+
+    A transposition that is fused into a gather makes it stride, many times slower than both. XLA's own barrier is
+    gone before it fuses; what a loop carries has to be stored, so this one rewrites the first element, twice.
+    """
+    if a.size == 0:
+        return a
+    first = a[(0,) * a.ndim]
+
+    def carried(a):
+        return lax.fori_loop(0, 2, lambda _, b: b.at[(0,) * a.ndim].set(first), a)
+
+    return lax.platform_dependent(a, cpu=carried, default=lambda a: a)
+
+
+def grad_values(
+    topology: Topology, x: jax.Array, dy: jax.Array, *, layout: str, precision: lax.PrecisionLike
+) -> jax.Array:
+    """Computes the gradient of the values, (P, V) in their arrangement; zero on padding and sentinel rows."""
+    token_major = layout == "token_major"
+    if token_major:
+        x, dy = _store(x.T), _store(dy.T)
+    v, known = topology.group_size, topology.segments is not None
+    spec = "gcn,gvn->gvc" if topology.k_contiguous else "gcn,gvn->gcv"
+
+    def product(bucket):
+        gradient = _einsum(spec, _rows_of(x, bucket.columns), _rows_of(dy, bucket.rows), precision)
+        return gradient.reshape(-1, v) if known else gradient
+
+    token_bytes = x.dtype.itemsize * x.shape[1]
+    loop = token_major or _is_large(topology, x)
+    gradient = _by_products(product, _buckets(None, topology), token_bytes, loop=loop)
+    group = slot_groups(topology)
+    if not known:
+        offset = jnp.arange(topology.num_slots) - topology.group_ptr[group]
+        gradient = gradient.at[group, offset].get(mode="fill", fill_value=0)
+    live = topology.rows.reshape(-1, v).at[group].get(mode="fill", fill_value=topology.m) < topology.m
+    live = live & slot_is_real(topology)[:, None]
+    return jnp.where(_arrange(live, topology), gradient, 0).astype(x.dtype)
+
+
+def grad_input(matrix: RowGrouped, dy: jax.Array, *, layout: str, precision: lax.PrecisionLike) -> jax.Array:
+    """Computes W^T dy."""
+    topology = matrix.topology
+    dense = stored_rows_dense(matrix)
+    live = topology.rows < topology.m
+    if topology.rows.shape[-1] > topology.m:  # what sentinel rows hold must not meet a product
+        dense = jnp.where(live, dense, 0)
+    if layout == "token_major":
+        stored = dy.at[:, topology.rows].get(mode="fill", fill_value=0)
+        return _einsum("ns,ks->nk", stored, dense, precision).astype(dy.dtype)
+    return _einsum("ks,sn->kn", dense, _rows_of(dy, topology.rows), precision).astype(dy.dtype)
+
+
+def prepare(matrix: RowGrouped) -> RowGrouped:
+    """Sorts the groups, heaviest first, pads their segments to a few lengths known when tracing, and transposes them.
+
+    `buckets` are common to all slices of a stacked matrix: the r-th heaviest groups of all slices get the same length.
+    """
+    topology = matrix.topology
+    v, k, r = topology.group_size, topology.k, topology.num_groups
+    batch = topology.columns.shape[:-1]
+    ptr, columns, rows = (np.asarray(a) for a in (topology.group_ptr, topology.columns, topology.rows))
+    values = np.asarray(matrix.values)
+    counts = np.diff(ptr)
+    order = np.argsort(-counts, axis=-1, kind="stable")
+    counts = np.take_along_axis(counts, order, -1)
+    buckets = _choose_buckets(counts.reshape(-1, r).max(0))
+    lengths = np.repeat([slots for _, slots in buckets], [groups for groups, _ in buckets])
+    new_ptr = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
+    new_columns = np.full((*batch, new_ptr[-1]), k, np.int32)
+    new_values = np.zeros((*batch, new_ptr[-1], v), values.dtype)
+    new_rows = np.zeros_like(rows)
+    positions = np.zeros((*batch, topology.m + 1), np.int32)
+    for b in np.ndindex(*batch):
+        new_rows[b] = rows[b].reshape(r, v)[order[b]].reshape(-1)
+        positions[b][new_rows[b]] = np.arange(r * v)
+        live = new_rows[b].reshape(r, v) < topology.m
+        for i, group in enumerate(order[b]):
+            old = slice(ptr[b][group], ptr[b][group + 1])
+            new_columns[b][new_ptr[i] : new_ptr[i] + counts[b][i]] = columns[b][old]
+            segment = np.zeros((lengths[i], v), values.dtype)
+            segment[: counts[b][i]] = np.where(live[i], values[b][old], 0)
+            new_values[b][new_ptr[i] : new_ptr[i + 1]] = segment.T.reshape(-1, v)
+    new = dataclasses.replace(
+        topology,
+        columns=jnp.asarray(new_columns),
+        group_ptr=jnp.asarray(np.broadcast_to(new_ptr, (*batch, r + 1))),
+        rows=jnp.asarray(new_rows),
+        counts=jnp.asarray(counts.astype(np.int32)),
+        positions=jnp.asarray(positions[..., : topology.m]),
+        max_count=int(lengths.max(initial=0)),
+        buckets=buckets,
+        k_contiguous=True,
+    )
+    return RowGrouped(jnp.asarray(new_values), new)
+
+
+def _choose_buckets(counts: np.ndarray) -> tuple[tuple[int, int], ...]:
+    """Cuts descending counts into runs: least padding plus `BUCKET_SLOTS` a run, at most `MAX_BUCKETS` runs."""
+    lengths, groups = np.unique(-counts, return_counts=True)
+    runs = [(int(g), int(-s)) for g, s in zip(groups, lengths, strict=True)]
+    while len(runs) > 1:
+        # Joining a run with the next one pads the next one's groups.
+        costs = [after[0] * (run[1] - after[1]) for run, after in itertools.pairwise(runs)]
+        i = int(np.argmin(costs))
+        if costs[i] > BUCKET_SLOTS and len(runs) <= MAX_BUCKETS:
+            break
+        runs[i : i + 2] = [(runs[i][0] + runs[i + 1][0], runs[i][1])]
+    return tuple(runs)
+
+
+def _buckets(values: jax.Array | None, topology: Topology) -> Iterator[_Bucket]:
+    """The groups by segment length; ragged counts unknown when tracing are one bucket, padded to the largest group."""
+    v, ptr = topology.group_size, topology.group_ptr
+    rows = topology.rows.reshape(-1, v)
     if topology.segments is None:
-        ptr = topology.group_ptr
+        end = ptr[1:] if topology.counts is None else ptr[:-1] + topology.counts
         slots = ptr[:-1, None] + jnp.arange(topology.max_count)
-        slots = jnp.where(slots < ptr[1:, None], slots, topology.num_slots)
-        return [_Bucket(0, topology.num_groups, slots)]
-    out, group, slot = [], 0, 0
+        slots = jnp.where(slots < end[:, None], slots, topology.num_slots)
+        columns = topology.columns.at[slots].get(mode="fill", fill_value=topology.k)
+        yield _Bucket(None if values is None else _rows_of(values, slots), columns, rows)
+        return
+    group = slot = 0
     for groups, count in topology.segments:
-        slots = slot + jnp.arange(groups * count).reshape(groups, count)
-        out.append(_Bucket(group, groups, jnp.where(real[slots], slots, topology.num_slots)))
-        group, slot = group + groups, slot + groups * count
-    return out
+        end, last = slot + groups * count, group + groups
+        columns = topology.columns[slot:end].reshape(groups, count)
+        if topology.counts is not None and not topology.k_contiguous:
+            columns = jnp.where(jnp.arange(count) < topology.counts[group:last, None], columns, topology.k)
+        shape = (groups, v, count) if topology.k_contiguous else (groups, count, v)
+        yield _Bucket(None if values is None else values[slot:end].reshape(shape), columns, rows[group:last])
+        group, slot = last, end
 
 
-def _positions(topology: Topology) -> jax.Array:
-    return jnp.argsort(topology.rows)[: topology.m]
+def _arrange(slots: jax.Array, topology: Topology) -> jax.Array:
+    """Brings (P, V) from the order of the slots into the arrangement of the values."""
+    if not topology.k_contiguous:
+        return slots
+    v, start, parts = topology.group_size, 0, []
+    for groups, count in topology.segments or ():
+        part = slots[start : start + groups * count].reshape(groups, count, v)
+        parts.append(part.swapaxes(1, 2).reshape(-1, v))
+        start += groups * count
+    return jnp.concatenate(parts)
 
 
-def _einsum(spec, a, b, *, precision):
+def _rows_of(array: jax.Array, index: jax.Array) -> jax.Array:
+    """Rows of an array, zeros where the index is a sentinel."""
+    return array.at[index].get(mode="fill", fill_value=0)
+
+
+def _einsum(spec: str, a: jax.Array, b: jax.Array, precision: lax.PrecisionLike) -> jax.Array:
     dtype = jnp.promote_types(a.dtype, jnp.float32)
     return jnp.einsum(spec, a, b, precision=precision, preferred_element_type=dtype)

@@ -132,7 +132,11 @@ def load(path: str | os.PathLike[str]) -> dict[str, Any]:
                 if any(part is None for part in parts[:3]):
                     raise ValueError("its topology lacks an array")
                 m, k = spec.matrix_shape
-                matrix = row_grouped(flat["params"][name], *parts, m=m, k=k)
+                columns, group_ptr, rows, *pairs = parts
+                assert columns is not None
+                assert group_ptr is not None
+                assert rows is not None
+                matrix = row_grouped(flat["params"][name], columns, group_ptr, rows, *pairs, m=m, k=k)
                 integers = matrix.topology
                 if _describe(LayerTopology(integers, spec))["V"] != entry["V"]:
                     raise ValueError(f"the header says V={entry['V']}, the values {matrix.values.shape} another")

@@ -4,8 +4,7 @@ import dataclasses
 import datetime
 import functools
 import statistics
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ import numpy as np
 from rich.table import Table
 
 import shfl_jax
+from pallas_kernels import timing
 from shfl_jax import Pattern
 from training.gpt import GPT
 
@@ -92,20 +92,8 @@ def measure(runs: list[Run], model: GPT, out: Path) -> dict[str, Measurement]:
         stored[run.label] = (shfl_jax.report(loaded).nbytes, error)
         sparse_forward = jax.jit(functools.partial(shfl_jax.linen.apply, model))
         forwards[run.label] = functools.partial(sparse_forward, ready, inputs)
-    times = _interleaved(forwards)
+    times = timing.interleaved_us(forwards, TIMED_RUNS)
     return {label: Measurement(nbytes, times[label], error) for label, (nbytes, error) in stored.items()}
-
-
-def _interleaved(functions: Mapping[str, Callable[[], Any]]) -> dict[str, float]:
-    """Median times in microseconds; the functions take turns, so that a busy machine slows all of them."""
-    times: dict[str, list[float]] = {label: [] for label in functions}
-    for i in range(TIMED_RUNS + 2):
-        for label, function in functions.items():
-            start = time.perf_counter()
-            jax.block_until_ready(function())
-            if i >= 2:
-                times[label].append(1e6 * (time.perf_counter() - start))
-    return {label: statistics.median(values) for label, values in times.items()}
 
 
 def table(runs: list[Run], measured: dict[str, Measurement]) -> Table:
@@ -203,5 +191,5 @@ def device() -> str:
 
 
 def _implementation() -> str:
-    """What `implementation=None` means in this version: XLA everywhere."""
-    return "xla"
+    """What `implementation=None` takes on the default device."""
+    return "triton" if jax.default_backend() == "gpu" else "xla"

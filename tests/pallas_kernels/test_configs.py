@@ -109,7 +109,7 @@ def test_problems():
 
 
 def test_the_cost_model_decides_as_measured():
-    """Over every measured product of the benchmark: dense where sparse is clearly slower, sparse where clearly faster."""
+    """Over all measured products: dense where sparse is clearly slower, sparse where it is clearly faster."""
     records = json.loads((RESULTS / "nvidia-h200" / "matmul.json").read_text())["records"]
     decided = 0
     for r in records:
