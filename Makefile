@@ -24,7 +24,7 @@ test: lint pytest
 lint: $(VENV)/.test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/pyrefly check
+	$(BIN)/pyrefly check --python-interpreter-path $(BIN)/python
 
 pytest: $(VENV)/.test
 	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -n 2 $(TESTS)
