@@ -99,8 +99,10 @@ def spared_values(scores: jax.Array, rows: jax.Array, kept: jax.Array, group_siz
     group = jnp.zeros(m, jnp.int32).at[rows].set(jnp.arange(rows.shape[0], dtype=jnp.int32) // group_size, mode="drop")
     half = kept.sum(1, dtype=jnp.int32)[group] // 2
     ascending = jnp.sort(jnp.where(kept[group], scores, -1), axis=1)
-    median = jnp.take_along_axis(ascending, jnp.minimum(k - half, k - 1)[:, None], axis=1)
-    median = jnp.maximum(median, 0)
+    # Any number between the two middle scores is a median; their mean tells columns apart that an end would not.
+    middle = jnp.stack([k - half, k - half - 1], axis=1)
+    median = jnp.take_along_axis(ascending, jnp.clip(middle, 0, k - 1), axis=1)
+    median = jnp.maximum(median, 0).mean(axis=1, keepdims=True)
     return jnp.maximum(scores - median, 0) + median / 2
 
 
