@@ -268,4 +268,11 @@ def _rows_of(array: jax.Array, index: jax.Array) -> jax.Array:
 
 def _einsum(spec: str, a: jax.Array, b: jax.Array, precision: lax.PrecisionLike) -> jax.Array:
     dtype = jnp.promote_types(a.dtype, jnp.float32)
-    return jnp.einsum(spec, a, b, precision=precision, preferred_element_type=dtype)
+
+    def product(a, b):
+        return jnp.einsum(spec, a, b, precision=precision, preferred_element_type=dtype)
+
+    if a.dtype == dtype:
+        return product(a, b)
+    # A CPU widens half precision in any case, but JAX 0.10 fails to run such a product with some operand layouts.
+    return lax.platform_dependent(a, b, cpu=lambda a, b: product(a.astype(dtype), b.astype(dtype)), default=product)
