@@ -250,8 +250,8 @@ def _zero_moments(
     everything = update_paths(jax.tree.map(lambda _: True, params), keep)
 
     def zero(moment: Any, keep: Any) -> Any:
-        if keep is True or getattr(moment, "shape", None) != keep.shape:
-            return moment
+        if not hasattr(moment, "shape") or moment.shape != getattr(keep, "shape", None):
+            return moment  # a parameter that is not pruned or hidden by a mask, or a factored moment
         return jnp.where(keep, moment, jnp.zeros((), moment.dtype))
 
     return optax.tree_utils.tree_map_params(
