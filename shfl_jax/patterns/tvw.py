@@ -115,19 +115,12 @@ class ShflTVW(ShflBW):
         base.check_shape(self, scores.shape)
         m, k = scores.shape
         values = fours.spared_values(scores, base.padded_rows(m, 1), jnp.ones((m, k), bool), 1)
-        vectors = ShflBW(
-            sparsity=self.sparsity,
-            group_size=self.group_size,
-            balanced=self.balanced,
-            min_share=self.min_share,
-            search=self.search,
-            shards=self.shards,
-            seed=self.seed,
-        )
-        start = None if previous is None else Mask(previous.rows, previous.kept, m)
-        # At the density of the weights: at that of the vectors, K-means' binary mask keeps everything from 50% on.
-        units = base.scaled(vectors.units((m, k)), _share(jnp.asarray(count, jnp.int32), m * k))
-        return self.mask_of_rows(scores, vectors.mask(values, units, start).rows, count)
+        # K-means' binary mask has the density of the vectors: at twice that it would keep everything from 50% on.
+        share = _share(jnp.asarray(count, jnp.int32), m * k)
+        vectors = self.num_groups(m) * k
+        density = 2 * (jnp.asarray(base.scaled(vectors, share), jnp.int32) / vectors).astype(jnp.float32)
+        kept = jnp.maximum(base.scaled(vectors, _share(_doubled(count, m * k), m * k)), 1)
+        return self.mask_of_rows(scores, self.group_rows(values, kept, density, previous), count)
 
     def mask_of_rows(self, scores: jax.Array, rows: jax.Array, count: jax.Array | int) -> Mask:
         """The mask for a given row permutation: scores (M, K), rows (R * V,) int32 with sentinels M."""

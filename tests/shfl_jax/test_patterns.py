@@ -264,7 +264,7 @@ def test_integer_scores_are_exact_and_zero_has_no_sign():
         (lambda: VW(0.5, 0), "VW's group_size must be an integer of at least 1, got 0"),
         (lambda: BW(0.5, 2.5), "BW's block_size"),
         (lambda: NM(5, 4), "n must not exceed m"),
-        (lambda: ShflBW(0.5, search="magic"), "search must be one of 'kmeans'"),
+        (lambda: ShflBW(0.5, search="magic"), "search must be one of 'annealing', 'kmeans'"),
         (lambda: VW(0.5, min_share=2), "min_share must lie"),
         (lambda: ShflBW(0.5, 4, shards=3).count((16, 8)), "shards=3 must divide the layer's 16 outputs"),
         (lambda: VW(0.5).count((0, 8)), r"non-empty \(M, K\) matrix, got shape \(0, 8\)"),
