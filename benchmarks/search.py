@@ -1,0 +1,325 @@
+"""What the row-permutation search keeps of a pretrained model and of synthetic weights: `python -m benchmarks.search`.
+
+Compares the rows in order (VW), the published K-means, the annealing of `shfl_jax.annealing` and the upper bound
+(unstructured) on all 36 encoder matrices of all-MiniLM-L6-v2 and on random ones, and TVW, Shfl-BW and Shfl-TVW at a
+total sparsity of 75%. Weights are ranked by magnitude; every pattern keeps its default counts, which differ between
+groups ("ragged"). It appends to benchmarks/results/<device>/search.json, skips cases that are there, and can be stopped
+at any time. `--again` measures annealing anew beside the K-means results of the file, `--time` only adds times and
+memory of larger layers, `--table` only prints what is there.
+"""
+
+import argparse
+import dataclasses
+import datetime
+import functools
+import json
+import os
+import sys
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from shfl_jax import TVW, VW, ShflBW, ShflTVW, Unstructured
+from shfl_jax.masks import Mask
+from shfl_jax.patterns.base import Pattern
+from training import bert
+
+GROUP_SIZES = (32, 64, 128)
+SPARSITIES = (0.5, 0.75, 0.875, 0.9)
+SYNTHETIC = {f"{kind} {m}x{k}": (kind, m, k) for kind in ("normal", "low_rank") for m, k in ((384, 384), (1536, 384))}
+TOTAL = 0.75
+"""Sparsity of the comparison with 2:4 inside the groups."""
+TIMED = ((1536, 384), (4096, 4096))
+COMPILED = (14336, 4096)
+"""A layer whose search is compiled for its memory, and run on an accelerator only."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One measurement: `op` "search" or "two_four", the name of the weights, V, and the sparsity."""
+
+    op: str
+    weights: str
+    group_size: int
+    sparsity: float
+
+
+def synthetic(kind: str, m: int, k: int, rank: int = 16, seed: int = 0) -> np.ndarray:
+    """Random weights (M, K) float32: "normal", or "low_rank" with as much normal noise on top."""
+    rng = np.random.default_rng([seed, m, k])
+    noise = rng.standard_normal((m, k))
+    if kind == "normal":
+        return noise.astype(np.float32)
+    return (rng.standard_normal((m, rank)) @ rng.standard_normal((rank, k)) / rank**0.5 + noise).astype(np.float32)
+
+
+def encoder_weights() -> dict[str, np.ndarray]:
+    """The 36 matrices of the pretrained encoder, (M, K) each, by "<layer>/<name>"."""
+    params, weights = bert.pretrained().params, {}
+    for i in range(6):
+        block = params[f"block_{i}"]
+        for name in ("query", "key", "value"):
+            kernel = np.asarray(block["attention"][name]["kernel"])
+            weights[f"{i}/{name}"] = kernel.reshape(len(kernel), -1).T
+        kernel = np.asarray(block["attention"]["out"]["kernel"])
+        weights[f"{i}/out"] = kernel.reshape(-1, kernel.shape[-1]).T
+        for name in ("up", "down"):
+            weights[f"{i}/{name}"] = np.asarray(block[name]["kernel"]).T
+    return weights
+
+
+def cases(shapes: dict[str, tuple[int, int]]) -> Iterator[Case]:
+    """All cases, those of one shape and V together because they share a compiled program."""
+    for op, sparsities in (("search", SPARSITIES), ("two_four", (TOTAL,))):
+        for shape in sorted(set(shapes.values())):
+            for v in GROUP_SIZES:
+                for name in shapes:
+                    if shapes[name] == shape and (op == "search" or name not in SYNTHETIC):
+                        yield from (Case(op, name, v, sparsity) for sparsity in sparsities)
+
+
+@functools.cache
+def compiled(pattern: Pattern, shape: tuple[int, int]) -> tuple[jax.stages.Compiled, float]:
+    """A program from scores (M, K) float32 and a count to a mask, and the seconds its compilation took."""
+    start = time.perf_counter()
+    arguments = jax.ShapeDtypeStruct(shape, jnp.float32), jax.ShapeDtypeStruct((), jnp.int32)
+    program = jax.jit(lambda scores, count: pattern.mask(scores, count)).lower(*arguments).compile()
+    return program, time.perf_counter() - start
+
+
+def peak_bytes(program: jax.stages.Compiled) -> int:
+    """Peak memory of a program by XLA's plan: arguments, results and temporaries."""
+    plan: Any = program.memory_analysis()
+    return int(plan.argument_size_in_bytes + plan.output_size_in_bytes + plan.temp_size_in_bytes)
+
+
+def run(pattern: Pattern, scores: jax.Array, sparsity: float) -> tuple[float, float]:
+    """Retained saliency, and the seconds of a compiled call."""
+    # The number of units is an argument, so that one program serves all sparsities.
+    program, _ = compiled(pattern, scores.shape)
+    count = pattern.count(scores.shape, sparsity)
+    start = time.perf_counter()
+    mask: Mask = jax.block_until_ready(program(scores, count))
+    seconds = time.perf_counter() - start
+    exact = np.asarray(scores, np.float64)
+    return float(exact[np.asarray(mask.elements())].sum() / exact.sum()), seconds
+
+
+def measure(case: Case, weight: np.ndarray, known: dict[str, Any] | None = None) -> dict[str, Any]:
+    """Measures one case: its record.
+
+    Args:
+        case: what to measure.
+        weight: (M, K).
+        known: an earlier record of the case, whose K-means results are taken over.
+    """
+    scores, v, s = jnp.abs(jnp.asarray(weight)), case.group_size, case.sparsity
+    record: dict[str, Any] = dataclasses.asdict(case) | {"m": weight.shape[0], "k": weight.shape[1], "counts": "ragged"}
+    if case.op == "two_four":
+        patterns = {"tvw": TVW(TOTAL, v), "shfl_bw": ShflBW(TOTAL, v), "shfl_tvw": ShflTVW(TOTAL, v)}
+        patterns["shfl_tvw_kmeans"] = ShflTVW(TOTAL, v, search="kmeans")
+        return record | {f"retained_{name}": run(pattern, scores, s)[0] for name, pattern in patterns.items()}
+    if known is None:
+        vw, _ = run(VW(TOTAL, v), scores, s)
+        unstructured, _ = run(Unstructured(TOTAL), scores, s)
+        kmeans, seconds = run(ShflBW(TOTAL, v, search="kmeans"), scores, s)
+        baseline = {"vw": vw, "kmeans": kmeans, "unstructured": unstructured}
+        record |= {f"retained_{name}": value for name, value in baseline.items()}
+        record |= {"seconds_kmeans": round(seconds, 3)}
+    else:
+        record |= known
+    ours = ShflBW(TOTAL, v, search="annealing")
+    retained, seconds = run(ours, scores, s)
+    return record | {
+        "retained_annealing": retained,
+        "closed_kmeans": _closed(record, record["retained_kmeans"]),
+        "closed_annealing": _closed(record, retained),
+        "seconds_annealing": round(seconds, 3),
+        "peak_bytes": peak_bytes(compiled(ours, weight.shape)[0]),
+        "cores": len(os.sched_getaffinity(0)),
+    }
+
+
+def time_record(shape: tuple[int, int], group_size: int, execute: bool) -> dict[str, Any]:
+    """Time and memory of the search on one random layer, at 75%."""
+    record: dict[str, Any] = {"op": "search_time", "m": shape[0], "k": shape[1], "group_size": group_size}
+    record |= {"sparsity": TOTAL, "counts": "ragged", "cores": len(os.sched_getaffinity(0))}
+    for search in ("kmeans", "annealing"):
+        pattern = ShflBW(TOTAL, group_size, search=search)
+        program, seconds = compiled(pattern, shape)
+        record |= {f"compile_seconds_{search}": round(seconds, 2), f"peak_bytes_{search}": peak_bytes(program)}
+        if execute:
+            scores = jnp.abs(jnp.asarray(synthetic("low_rank", *shape)))
+            retained, seconds = run(pattern, scores, TOTAL)
+            record |= {f"retained_{search}": retained, f"seconds_{search}": round(seconds, 3)}
+    return record
+
+
+def summary(records: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Means over the cases by V and sparsity and over all of them, and of the patterns with 2:4 inside."""
+    records = list(records)
+    found = []
+    measured = [r for r in records if r["op"] == "search"]
+    for kind in ("pretrained", "synthetic"):
+        for v, sparsity in [(v, s) for v in (*GROUP_SIZES, None) for s in (*SPARSITIES, None)]:
+            if (v is None) != (sparsity is None):
+                continue
+            chosen = [
+                r
+                for r in measured
+                if (r["weights"] in SYNTHETIC) == (kind == "synthetic")
+                and v in (None, r["group_size"])
+                and sparsity in (None, r["sparsity"])
+            ]
+            if chosen:
+                names = [n for n in chosen[0] if n.startswith(("retained_", "closed_"))]
+                means = {name: float(np.mean([r[name] for r in chosen])) for name in names}
+                ratio = means["closed_annealing"] / means["closed_kmeans"] if means["closed_kmeans"] else None
+                gains = [r["retained_annealing"] - r["retained_kmeans"] for r in chosen]
+                found.append(
+                    {"op": "search_summary", "weights": kind, "group_size": v, "sparsity": sparsity, **means}
+                    | {"closed_ratio": ratio, "cases": len(chosen)}
+                    | {"below_kmeans": sum(gain < -1e-7 for gain in gains), "least_gain": min(gains)}
+                )
+    for v in (*GROUP_SIZES, None):
+        chosen = [r for r in records if r["op"] == "two_four" and v in (None, r["group_size"])]
+        if chosen:
+            names = [n for n in chosen[0] if n.startswith("retained_")]
+            means = {name: float(np.mean([r[name] for r in chosen])) for name in names}
+            above = {
+                "tvw_above_shfl_bw": means["retained_tvw"] - means["retained_shfl_bw"],
+                "shfl_tvw_above_tvw": means["retained_shfl_tvw"] - means["retained_tvw"],
+            }
+            found.append(
+                {"op": "two_four_summary", "group_size": v, "sparsity": TOTAL, **means, **above}
+                | {"cases": len(chosen)}
+            )
+    return found
+
+
+def table(records: Sequence[dict[str, Any]]) -> list[Table]:
+    """The means of `summary` and the times, as tables of the terminal."""
+    columns = ("weights", "V", "sparsity", "VW", "K-means", "annealing", "unstructured")
+    columns += ("closed: K-means", "annealing", "ratio", "cases", "below K-means", "least gain")
+    searched = Table(*columns, title="Retained saliency, and the share closed of the gap from VW to unstructured")
+    columns = ("V", "Shfl-BW", "TVW", "Shfl-TVW", "with K-means", "cases")
+    inside = Table(*columns, title=f"Retained saliency at a total sparsity of {TOTAL:.0%}")
+    columns = ("layer", "V", "cores", "K-means, s", "annealing, s", "compilation, s", "peak, MB")
+    times = Table(*columns, title="Time and memory of the search")
+    for r in summary(records):
+        v = str(r["group_size"] or "all")
+        if r["op"] == "search_summary":
+            sparsity = "all" if r["sparsity"] is None else f"{r['sparsity']:.1%}"
+            retained = [f"{r['retained_' + n]:.4f}" for n in ("vw", "kmeans", "annealing", "unstructured")]
+            closed = [f"{r['closed_' + n]:.3f}" for n in ("kmeans", "annealing")]
+            ratio = "" if r["closed_ratio"] is None else f"{r['closed_ratio']:.2f}"
+            counts = str(r["cases"]), str(r["below_kmeans"]), f"{r['least_gain']:+.4f}"
+            searched.add_row(r["weights"], v, sparsity, *retained, *closed, ratio, *counts)
+        else:
+            names = ("shfl_bw", "tvw", "shfl_tvw", "shfl_tvw_kmeans")
+            inside.add_row(v, *(f"{r['retained_' + n]:.4f}" for n in names), str(r["cases"]))
+    for r in records:
+        if r["op"] == "search_time":
+            seconds = [f"{r[f'seconds_{n}']:.2f}" if f"seconds_{n}" in r else "" for n in ("kmeans", "annealing")]
+            planned = f"{r['compile_seconds_annealing']:.1f}", f"{r['peak_bytes_annealing'] / 1e6:.0f}"
+            times.add_row(f"{r['m']}x{r['k']}", str(r["group_size"]), str(r["cores"]), *seconds, *planned)
+    return [shown for shown in (searched, inside, times) if shown.row_count]
+
+
+def measure_all(path: Path, minutes: float, again: bool) -> dict[str, Any]:
+    """Measures the cases that the file lacks until the minutes are over, and writes the file after each."""
+    deadline = time.monotonic() + 60 * minutes
+    document = _read(path)
+    records = {_key(r): r for r in document["records"] if r["op"] in ("search", "two_four")}
+    weights = encoder_weights() | {name: synthetic(*spec) for name, spec in SYNTHETIC.items()}
+    wanted = list(cases({name: weight.shape for name, weight in weights.items()}))
+    wanted = [case for case in wanted if again or dataclasses.astuple(case) not in records]
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True)) as bar:
+        task = bar.add_task("search", total=len(wanted))
+        for case in wanted:
+            if time.monotonic() > deadline:
+                break
+            bar.update(task, description=f"{case.op} {case.weights} V={case.group_size} {case.sparsity:.1%}")
+            known = records.get(dataclasses.astuple(case))
+            records[dataclasses.astuple(case)] = measure(case, weights[case.weights], known)
+            others = [r for r in document["records"] if r["op"] == "search_time"]
+            document = _write(path, [*records.values(), *others])
+            bar.advance(task)
+    return document
+
+
+def time_all(path: Path) -> dict[str, Any]:
+    """Adds times and memory of larger layers to the file; earlier ones on as many cores give way."""
+    document = _read(path)
+    runs = jax.devices()[0].platform != "cpu"
+    for shape, execute in (*((shape, True) for shape in TIMED), (COMPILED, runs)):
+        for v in GROUP_SIZES:
+            record = time_record(shape, v, execute)
+            names = ("op", "m", "k", "group_size", "cores")
+            kept = [r for r in document["records"] if [r.get(n) for n in names] != [record[n] for n in names]]
+            document = _write(path, [*kept, record])
+    return document
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the benchmark."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--minutes", type=float, default=60, help="end after this many minutes (default 60)")
+    parser.add_argument("--out", type=Path, help="the results file (default: that of this device)")
+    parser.add_argument("--again", action="store_true", help="measure annealing anew, keep the K-means results")
+    parser.add_argument("--time", action="store_true", help="only measure time and memory of larger layers")
+    parser.add_argument("--table", action="store_true", help="only print the tables of the results file")
+    options = parser.parse_args(argv)
+    path = options.out or Path(__file__).parent / "results" / _device() / "search.json"
+    if options.table:
+        document = _read(path)
+    else:
+        document = time_all(path) if options.time else measure_all(path, options.minutes, options.again)
+    Console().print(*table(document["records"]))
+    return 0
+
+
+def _closed(record: dict[str, Any], retained: float) -> float:
+    return (retained - record["retained_vw"]) / (record["retained_unstructured"] - record["retained_vw"])
+
+
+def _key(record: dict[str, Any]) -> tuple:
+    return tuple(record[field.name] for field in dataclasses.fields(Case))
+
+
+def _read(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text()) if path.exists() else {"records": []}
+
+
+def _write(path: Path, records: list[dict[str, Any]]) -> dict[str, Any]:
+    """Writes the records with a new summary, the file as a whole or not at all."""
+    records = [r for r in records if not r["op"].endswith("_summary")]
+    document = {
+        "device": _device(),
+        "jax": jax.__version__,
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+        "records": [*summary(records), *records],
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    new = path.with_suffix(".new")
+    new.write_text(json.dumps(document, indent=1) + "\n")
+    new.replace(path)
+    return document
+
+
+def _device() -> str:
+    device = jax.devices()[0]
+    return "cpu" if device.platform == "cpu" else device.device_kind.lower().replace(" ", "-")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
