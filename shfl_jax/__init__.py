@@ -8,7 +8,7 @@ from shfl_jax.layers import LayerSpec
 from shfl_jax.masks import Mask, Masks
 from shfl_jax.one_shot import OneShot, prune_one_shot
 from shfl_jax.paths import path_leaves, update_paths
-from shfl_jax.patterns import BW, NM, TVW, TW, VW, Pattern, ShflBW, ShflTVW, Unstructured
+from shfl_jax.patterns import BW, NM, TEW, TVW, TW, VW, Pattern, ShflBW, ShflTVW, Unstructured
 from shfl_jax.plan import Plan
 from shfl_jax.report import report
 from shfl_jax.sensitivity import Sensitivity, sensitivity
@@ -16,6 +16,7 @@ from shfl_jax.sensitivity import Sensitivity, sensitivity
 __all__ = [
     "BW",
     "NM",
+    "TEW",
     "TVW",
     "TW",
     "VW",

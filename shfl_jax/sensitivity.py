@@ -1,4 +1,4 @@
-"""How much the loss rises when one layer alone is pruned."""
+"""How much the loss rises when one layer alone is pruned, and the allocation of sparsity that follows from it."""
 
 import dataclasses
 import functools
@@ -12,6 +12,7 @@ import numpy as np
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
+from shfl_jax.allocation import alike, all_units, kept_units, to_sparsities
 from shfl_jax.allocation import mask as choose
 from shfl_jax.layers import LayerSpec
 from shfl_jax.paths import path_leaves, update_paths
@@ -41,6 +42,61 @@ class Sensitivity:
         for path, losses in self.losses.items():
             table.add_row(path, *(f"{loss:.4f}" for loss in losses))
         return table
+
+    def allocation(self, specs: Mapping[str, LayerSpec]) -> dict[str, float]:
+        """Spreads sparsity over layers so that the sum of the measured rises of the loss is smallest.
+
+        As if layers did not affect each other. Between two measured sparsities a loss is taken to lie on the straight
+        line, and where the whole curve is not convex, on its convex hull: then the best of all allocations prunes
+        first where a further pruned weight costs least.
+
+        Args:
+            specs: path -> spec of layers that were measured.
+
+        Returns:
+            path -> sparsity, for `allocate` and whatever takes its methods. Layers of equal patterns together keep as
+            many units as their patterns say.
+
+        Raises:
+            ValueError: a layer was not measured, or not at sparsities high enough for what the patterns prune.
+        """
+        sparsities: dict[str, float] = {}
+        for layers in alike(specs.values()):
+            pattern = layers[0].pattern
+            rest = sum(all_units(spec) * (1 - pattern.min_sparsity) - kept_units(spec) for spec in layers)
+            pieces = sorted(
+                (slope / all_units(spec), i, start, end)
+                for i, spec in enumerate(layers)
+                for start, end, slope in self._hull(spec)
+            )
+            densities = [1 - pattern.min_sparsity] * len(layers)
+            for _, i, start, end in pieces:
+                units, shape = all_units(layers[i]), layers[i].matrix_shape
+                most = 1 - pattern.least(shape) / pattern.units(shape)
+                pruned = max(0, min(rest, units * (min(end, most) - max(start, pattern.min_sparsity))))
+                densities[i] -= pruned / units
+                rest -= pruned
+            if rest > 0.5:
+                raise ValueError(
+                    f"{pattern!r} prunes more than {', '.join(spec.path for spec in layers)} were measured at: up to "
+                    f"{max(self.sparsities)} with a finite loss at best; measure higher sparsities"
+                )
+            sparsities |= to_sparsities(layers, densities)
+        return {path: sparsities[path] for path in specs}
+
+    def _hull(self, spec: LayerSpec) -> list[tuple[float, float, float]]:
+        """The lower convex hull of a layer's loss from sparsity 0 on: (start, end, slope) of each straight piece."""
+        if spec.path not in self.losses:
+            raise ValueError(f"{spec.path}: not measured, only {', '.join(self.losses)}")
+        measured = {0.0: self.dense} | dict(zip(self.sparsities, self.losses[spec.path].tolist(), strict=True))
+        x, y = np.array(sorted(point for point in measured.items() if np.isfinite(point[1]))).T
+        pieces, i = [], 0
+        while i < len(x) - 1:
+            slopes = (y[i + 1 :] - y[i]) / (x[i + 1 :] - x[i])
+            j = i + 1 + int(np.argmin(slopes))
+            pieces.append((float(x[i]), float(x[j]), float(slopes.min())))
+            i = j
+        return pieces
 
     def plot(self, path: str | Path) -> None:
         """Draws the rise of every layer's loss over its sparsity, and writes it to an image file.

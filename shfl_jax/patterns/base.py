@@ -3,7 +3,8 @@
 import abc
 import dataclasses
 import math
-from typing import ClassVar
+from collections.abc import Sequence
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +14,20 @@ from shfl_jax.masks import Mask
 
 ALWAYS = np.iinfo(np.int32).max
 """The rank key of a unit that is kept before all others."""
+
+
+class Limits(NamedTuple):
+    """How many units every slice of a layer keeps; int32 scalars, traced or not.
+
+    Attributes:
+        least: at least.
+        count: on its own; its part in what layers that are ranked together keep.
+        most: at most.
+    """
+
+    least: jax.Array
+    count: jax.Array
+    most: jax.Array
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,9 +65,43 @@ class Pattern(abc.ABC):
             The mask. Equal scores are settled in favour of the lower index.
         """
 
+    @property
+    def min_sparsity(self) -> float:
+        """The lowest sparsity of a layer that is pruned to this pattern."""
+        return 0.0
+
     def least(self, shape: tuple[int, ...]) -> int:
         """The smallest number of units that a mask keeps, whatever the sparsity."""
         return min(1, self.units(shape))
+
+    def step(self, shape: tuple[int, ...]) -> int:
+        """What numbers of kept units are multiples of."""
+        return 1
+
+    def unit_keys(self, scores: jax.Array) -> jax.Array:
+        """What `rank` ranks the units of one layer by, comparable between all layers of this pattern.
+
+        Args:
+            scores: (M, K) floating, non-negative and finite.
+
+        Returns:
+            int32 rank keys, flat: one for every `step` units. Weight by weight unless a pattern says otherwise.
+        """
+        return rank_keys(scores).reshape(-1)
+
+    def rank(self, scores: Sequence[jax.Array], limits: Sequence[Limits]) -> list[Any]:
+        """How many units each of several layers keeps when the units of all are ranked together.
+
+        Args:
+            scores: (B, M, K) of each layer, of B slices that are ranked as layers of their own.
+            limits: of each layer.
+
+        Returns:
+            For each layer, the counts of its slices (B,) as `mask` takes them. They sum up to all layers' own counts,
+            short of at most one unit (`step` units), unless the limits say otherwise.
+        """
+        keys = [jax.vmap(self.unit_keys)(s) for s in scores]
+        return rank_together(keys, [self.step(s.shape[1:]) for s in scores], limits)
 
     def count(
         self,
@@ -165,6 +214,53 @@ def top(keys: jax.Array, budget: jax.Array | int, costs: jax.Array | None = None
         return jnp.where(cost(ties & (index < later)) <= rest, later, end)
 
     return above | (ties & (index < jax.lax.fori_loop(0, bits, index_bit, jnp.int32(0))))
+
+
+def rank_together(
+    keys: Sequence[jax.Array], costs: Sequence[int | jax.Array], limits: Sequence[Limits]
+) -> list[jax.Array]:
+    """What each of several layers keeps of the longest ranked prefix, over all of them, within their joint budget.
+
+    Args:
+        keys: (B, ...) int32 of each layer's units; larger is better, ties go to the earlier layer and slice.
+        costs: of a unit of each layer; an integer, or int32 in the shape of its keys.
+        limits: of each layer, in cost; scalars, or (B,) for its slices. The counts add up to the budget.
+
+    Returns:
+        (B,) int32 of each layer: the cost of its units in the prefix, clipped to the limits.
+    """
+    slices = [k.shape[0] for k in keys]
+
+    def joined(values: Sequence[int | jax.Array]) -> jax.Array:
+        parts = zip(values, slices, strict=True)
+        return jnp.concatenate([jnp.broadcast_to(jnp.asarray(value, jnp.int32), b) for value, b in parts])
+
+    least, counts, most = (joined(values) for values in zip(*limits, strict=True))
+
+    def cost(chosen: Sequence[jax.Array]) -> jax.Array:
+        parts = [jnp.where(c, price, 0).reshape(b, -1) for c, price, b in zip(chosen, costs, slices, strict=True)]
+        return jnp.clip(jnp.concatenate([part.sum(1, dtype=jnp.int32) for part in parts]), least, most)
+
+    def key_bit(i: jax.Array, threshold: jax.Array) -> jax.Array:
+        higher = threshold | (1 << (30 - i))
+        return jnp.where(_clipped_sum(cost([k >= higher for k in keys]) - counts) > 0, higher, threshold)
+
+    threshold = jax.lax.fori_loop(0, 31, key_bit, jnp.int32(0))
+    above = cost([k > threshold for k in keys])
+    ties = cost([k >= threshold for k in keys]) - above
+    rest = jnp.maximum(-_clipped_sum(above - counts), 0)
+    _, taken = jax.lax.scan(lambda rest, tie: (jnp.maximum(rest - tie, 0), jnp.minimum(rest, tie)), rest, ties)
+    steps = joined([price if isinstance(price, int) else 1 for price in costs])
+    kept = above + taken // steps * steps
+    return jnp.split(kept, np.cumsum(slices)[:-1])
+
+
+def _clipped_sum(parts: jax.Array) -> jax.Array:
+    """The sum of int32 numbers, clipped to their range: a model may have more weights than they count."""
+    # Integers wrap silently, but a float knows when they have.
+    size = jnp.sum(parts.astype(jnp.float32))
+    exact = jnp.sum(parts, dtype=jnp.int32)
+    return jnp.where(jnp.abs(size) < 2**31 - 2**20, exact, jnp.where(size > 0, ALWAYS, -ALWAYS))
 
 
 def padded_rows(m: int, group_size: int) -> jax.Array:

@@ -38,12 +38,16 @@ class BW(base.Pattern):
         """Blocks, those at the edges included."""
         return -(-shape[0] // self.block_size) * -(-shape[1] // self.block_size)
 
+    def unit_keys(self, scores: jax.Array) -> jax.Array:
+        """See `Pattern.unit_keys`: blocks, by their sums."""
+        rows, columns = (base.padded_rows(size, self.block_size) for size in scores.shape)
+        strips = base.group_scores(scores, rows, self.block_size)
+        return base.rank_keys(base.group_scores(strips.T, columns, self.block_size).T).reshape(-1)
+
     def mask(self, scores: jax.Array, count: jax.Array | int, previous: Mask | None = None) -> Mask:
         """See `Pattern.mask`; a unit is one block, blocks are numbered along K first."""
         base.check_shape(self, scores.shape)
         m, k = scores.shape
-        rows, columns = (base.padded_rows(size, self.block_size) for size in (m, k))
-        strips = base.group_scores(scores, rows, self.block_size)
-        blocks = base.group_scores(strips.T, columns, self.block_size).T
-        kept = base.top(base.rank_keys(blocks), count)
+        kept = base.top(self.unit_keys(scores), count).reshape(-(-m // self.block_size), -1)
+        rows = base.padded_rows(m, self.block_size)
         return Mask(rows, jnp.repeat(kept, self.block_size, axis=1)[:, :k], m)

@@ -40,6 +40,11 @@ class NM(base.Pattern):
         """V = 1: every row has its own columns."""
         return 1
 
+    @property
+    def min_sparsity(self) -> float:
+        """Its only one."""
+        return self.sparsity
+
     def units(self, shape: tuple[int, ...]) -> int:
         """M * K weights."""
         return shape[0] * shape[1]

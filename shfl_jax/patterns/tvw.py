@@ -43,9 +43,17 @@ class TVW(TW):
         super().__post_init__()
         _check(self)
 
+    @property
+    def min_sparsity(self) -> float:
+        """That of 2:4 alone."""
+        return 0.5
+
     def least(self, shape: tuple[int, ...]) -> int:
         """Two weights of one row, or one if there is but one input."""
         return min(2, shape[1])
+
+    # It is weights that 2:4 chooses: layers are compared weight by weight, not as TW compares them.
+    rank = base.Pattern.rank
 
     def mask(self, scores: jax.Array, count: jax.Array | int, previous: Mask | None = None) -> Mask:
         """See `Pattern.mask`; `count` is the number of weights to keep, met to half a four of inputs."""
@@ -93,6 +101,11 @@ class ShflTVW(ShflBW):
         super().__post_init__()
         _check(self)
 
+    @property
+    def min_sparsity(self) -> float:
+        """That of 2:4 alone."""
+        return 0.5
+
     def units(self, shape: tuple[int, ...]) -> int:
         """M * K weights."""
         return shape[0] * shape[1]
@@ -100,6 +113,13 @@ class ShflTVW(ShflBW):
     def least(self, shape: tuple[int, ...]) -> int:
         """Two weights of one row, or one if there is but one input."""
         return min(2, shape[1])
+
+    def step(self, shape: tuple[int, ...]) -> int:
+        """One weight."""
+        return 1
+
+    # It is weights that 2:4 chooses: layers are compared weight by weight.
+    unit_keys = base.Pattern.unit_keys
 
     def count(
         self,
@@ -138,7 +158,7 @@ class ShflTVW(ShflBW):
 
 
 def _check(pattern: TVW | ShflTVW) -> None:
-    if pattern.sparsity < 0.5:
+    if pattern.sparsity < pattern.min_sparsity:
         raise base.field_error(pattern, "sparsity", "be at least 0.5, which 2:4 alone reaches (use VW or TW below)")
     if not isinstance(pattern.rounds, int) or pattern.rounds < 0:
         raise base.field_error(pattern, "rounds", "be a non-negative integer")

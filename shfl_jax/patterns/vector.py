@@ -49,6 +49,22 @@ class VW(base.Pattern):
         """One vector, or one a group if balanced."""
         return self.num_groups(shape[0]) if self.balanced else 1
 
+    def step(self, shape: tuple[int, ...]) -> int:
+        """One vector, or one a group if balanced."""
+        return self.least(shape)
+
+    def unit_keys(self, scores: jax.Array) -> jax.Array:
+        """See `Pattern.unit_keys`: vectors of consecutive rows; if balanced, the groups' best, second best and so on.
+
+        Shfl-BW too ranks them in the order the rows have without a search, which would need the count.
+        """
+        m = scores.shape[0]
+        rows = jnp.minimum(jnp.arange(self.num_groups(m) * self.group_size, dtype=jnp.int32), m)
+        sums = base.group_scores(scores, rows, self.group_size)
+        if self.balanced:
+            sums = jnp.sort(sums, axis=1, descending=True).mean(0)
+        return base.rank_keys(sums).reshape(-1)
+
     def count(
         self,
         shape: tuple[int, ...],
