@@ -22,6 +22,7 @@ from rich.table import Table
 import shfl_jax.linen
 import shfl_jax.nnx
 from shfl_jax import scores
+from shfl_jax.allocation import allocate
 from shfl_jax.allocation import mask as choose
 from shfl_jax.calibration import Inputs, calibrate
 from shfl_jax.layers import LayerSpec
@@ -97,6 +98,7 @@ def prune_one_shot(
     repair: bool = True,
     damping: float = 0.01,
     loss: Callable[..., jax.Array] | None = None,
+    allocation: str | Mapping[str, float] = "uniform",
     counts: Mapping[str, Any] | None = None,
     collections: Mapping[str, Any] | None = None,
     progress: bool = False,
@@ -116,7 +118,9 @@ def prune_one_shot(
         repair: whether kept weights are recomputed so that the layer's outputs on the calibration inputs change least.
         damping: of the repair and of "obs"; see `shfl_jax.repair.repair`.
         loss: for "taylor": `loss(params, *batch)`, a scalar.
-        counts: path -> kept units; the patterns' own sparsity decides for a layer not named.
+        allocation: how sparsity is spread over layers, a `method` of `shfl_jax.allocate`. "global" compares scores that
+            are taken on the dense model, and runs the calibration batches once more for them.
+        counts: path -> kept units; the allocation decides for a layer not named.
         collections: a Linen model's other collections, such as 'batch_stats'.
         progress: whether to show a progress bar.
         **apply_kwargs: further arguments of `model.apply` (Linen) or of the call (NNX); hashable ones.
@@ -152,6 +156,23 @@ def prune_one_shot(
     gradient_scores = {}
     if score == "taylor" and loss is not None:
         gradient_scores = scores.taylor(loss, params, specs, given)
+
+    def score_of(path: str, inputs: Inputs) -> jax.Array:
+        _check_tokens(specs[path], inputs, repair or score == "obs")
+        weight = specs[path].to_matrix(jnp.asarray(kernels[path]))
+        return gradient_scores[path] if score == "taylor" else _saliency(score, weight, inputs, damping)
+
+    compared: dict[str, Any] = {
+        path: jax.ShapeDtypeStruct((*spec.batch_shape, *spec.matrix_shape), jnp.float32) for path, spec in specs.items()
+    }
+    if allocation == "global":
+
+        def compare(inputs: Inputs) -> dict[str, jax.Array]:
+            compared.update({path: score_of(path, inputs) for path in inputs.paths})
+            return {}
+
+        calibrate(forward, kernels, given, specs, compare, constants)
+    counts = allocate(compared, specs, method=allocation) | dict(counts or {})
     masks: dict[str, Mask] = {}
     layers: list[PrunedLayer] = []
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
@@ -164,12 +185,8 @@ def prune_one_shot(
                 bar.update(task, description=path)
                 spec = specs[path]
                 weight = spec.to_matrix(jnp.asarray(kernels[path]))
-                _check_tokens(spec, inputs, repair or score == "obs")
-                saliency = gradient_scores.get(path)
-                if saliency is None:
-                    saliency = _saliency(score, weight, inputs, damping)
-                count = (counts or {}).get(path, spec.pattern.count(spec.matrix_shape))
-                masks[path] = _choose(saliency, count, spec.pattern)
+                saliency = score_of(path, inputs)
+                masks[path] = _choose(saliency, counts[path], spec.pattern)
                 masked = jnp.where(masks[path].elements(), weight, 0)
                 final = repaired(weight, masks[path], inputs.gram, damping=damping) if repair else masked
                 layers.append(_describe(spec, masks[path], saliency, weight, masked, final, inputs))
@@ -209,7 +226,7 @@ class _Nnx:
 
 
 @functools.partial(jax.jit, static_argnums=2)
-def _choose(saliency: jax.Array, count: jax.Array, pattern: Any) -> Mask:
+def _choose(saliency: jax.Array, count: Any, pattern: Any) -> Mask:
     return choose(saliency, pattern, count)
 
 

@@ -14,6 +14,7 @@ from flax import nnx
 from rich.console import Console
 
 from shfl_jax import patterns
+from shfl_jax.allocation import ALLOCATIONS
 from shfl_jax.checkpoint import save
 from shfl_jax.compress import compress
 from shfl_jax.one_shot import SCORES, prune_one_shot
@@ -57,6 +58,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--group-size", type=int, help="V, the tile size or the block size (default: the pattern's)")
     parser.add_argument("--layers", default=".*", metavar="REGEX", help="which kernels, by whole path (default all)")
     parser.add_argument("--score", choices=[name for name in SCORES if name != "taylor"], default="wanda")
+    parser.add_argument("--allocation", choices=ALLOCATIONS, default="uniform", help="of sparsity over layers")
     parser.add_argument("--no-repair", action="store_true", help="leave the kept weights as they are")
     parser.add_argument("--damping", type=float, default=0.01, help="of the repair (default 0.01)")
     options = parser.parse_args(argv)
@@ -73,6 +75,7 @@ def main(argv: list[str] | None = None) -> int:
             plan,
             batches,
             score=options.score,
+            allocation=options.allocation,
             repair=not options.no_repair,
             damping=options.damping,
             progress=True,

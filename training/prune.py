@@ -40,7 +40,10 @@ class PruneState(NamedTuple):
 
 
 def prune(
-    inner: optax.GradientTransformation, specs: Mapping[str, LayerSpec] | Iterable[LayerSpec], schedule: Schedule
+    inner: optax.GradientTransformation,
+    specs: Mapping[str, LayerSpec] | Iterable[LayerSpec],
+    schedule: Schedule,
+    allocation: str | Mapping[str, float] = "uniform",
 ) -> optax.GradientTransformationExtraArgs:
     """Wraps an optimizer so that training prunes by magnitude, gradually if the schedule says so.
 
@@ -58,6 +61,8 @@ def prune(
         inner: the optimizer.
         specs: what `shfl_jax.linen.resolve` or `shfl_jax.nnx.resolve` returned.
         schedule: when, and how far; `one_shot`, `cubic` or any `Schedule`.
+        allocation: how sparsity is spread over layers, a `method` of `shfl_jax.allocate`. "global" ranks anew at every
+            update of the masks.
 
     Returns:
         The transformation; its state is a `PruneState`. Its `update` needs the parameters.
@@ -89,7 +94,7 @@ def prune(
             scores = {path: magnitude(by_path[path].to_matrix(kernel)) for path, kernel in kernels.items()}
             finite = {path: jnp.isfinite(score).all() for path, score in scores.items()}
             scores = {path: jnp.where(finite[path], score, 0) for path, score in scores.items()}
-            found = _search(scores, by_path, masks, schedule(state.step))
+            found = _search(scores, by_path, masks, schedule(state.step), allocation)
             chosen = {
                 path: jax.tree.map(lambda new, old, ok=finite[path]: jnp.where(ok, new, old), found[path], masks[path])
                 for path in found
@@ -195,10 +200,14 @@ def _elements(masks: Masks) -> dict[str, jax.Array]:
 
 
 def _search(
-    scores: dict[str, jax.Array], specs: dict[str, LayerSpec], previous: Masks, progress: jax.Array
+    scores: dict[str, jax.Array],
+    specs: dict[str, LayerSpec],
+    previous: Masks,
+    progress: jax.Array,
+    allocation: str | Mapping[str, float],
 ) -> dict[str, Mask]:
     """New masks of all layers. Layers of one shape and pattern are searched together: one program, not one each."""
-    counts, targets = allocate(scores, specs, progress), allocate(scores, specs)
+    counts, targets = (allocate(scores, specs, fraction, allocation) for fraction in (progress, 1.0))
     alike = collections.defaultdict(list)
     for path, spec in specs.items():
         alike[spec.pattern, spec.matrix_shape].append(path)
@@ -206,7 +215,9 @@ def _search(
     for (pattern, shape), paths in alike.items():
         stacks = [
             _flatten((scores[p], previous[p]), specs[p].batch_shape)
-            + tuple(jnp.broadcast_to(count, specs[p].batch_shape).reshape(-1) for count in (counts[p], targets[p]))
+            + jax.tree.map(
+                lambda count, p=p: jnp.broadcast_to(count, specs[p].batch_shape).reshape(-1), (counts[p], targets[p])
+            )
             for p in paths
         ]
         stacked = jax.tree.map(lambda *parts: jnp.concatenate(parts), *stacks)
@@ -227,9 +238,7 @@ def _flatten(tree: Any, batch_shape: tuple[int, ...]) -> Any:
     return jax.tree.map(lambda a: a.reshape(-1, *a.shape[len(batch_shape) :]), tree)
 
 
-def _choose(
-    pattern: Pattern, scores: jax.Array, previous: Mask, count: jax.Array, target: jax.Array, *, batch: int
-) -> Mask:
+def _choose(pattern: Pattern, scores: jax.Array, previous: Mask, count: Any, target: Any, *, batch: int) -> Mask:
     """The new masks of a stack of matrices: scores (B, M, K), counts (B,), `batch` of them at a time."""
     if not isinstance(pattern, ShflBW):
         choose = functools.partial(jax.lax.map, lambda args: pattern.mask(args[0], args[2], args[1]), batch_size=batch)

@@ -103,6 +103,26 @@ def test_compressed_model_runs_like_the_repaired_one(mlp):
     )
 
 
+def test_a_global_allocation_ranks_the_scores_of_the_dense_model(mlp):
+    model, params, batches = mlp
+    pattern = shfl_jax.VW(0.5, group_size=4)
+    result = prune_one_shot(model, params, plan(pattern), batches, repair=False, allocation="global")
+    scores, x = {}, np.concatenate(batches).reshape(-1, 16)
+    for name in ("first", "middle", "second"):
+        kernel, bias = (np.asarray(params[name][part]) for part in ("kernel", "bias"))
+        scores[f"{name}/kernel"] = jnp.asarray(np.abs(kernel.T) * np.linalg.norm(x, axis=0))
+        x = np.maximum(x @ kernel + bias, 0)
+    specs = {spec.path: spec for spec in result.masks.specs}
+    counts = shfl_jax.allocate(scores, specs, method="global")
+    assert {path: int(mask.kept.sum()) for path, mask in result.masks.items()} == {p: int(n) for p, n in counts.items()}
+    assert sum(map(int, counts.values())) == 3 * 32
+    assert len(set(map(int, counts.values()))) > 1
+    given = prune_one_shot(
+        model, params, plan(pattern), batches, repair=False, allocation={path: 0.25 for path in specs}
+    )
+    assert {layer.sparsity for layer in given.layers} == {0.25}
+
+
 @pytest.mark.parametrize("score", ["wanda", "obs", "taylor"])
 def test_scores_choose_the_weights(mlp, score):
     model, params, batches = mlp

@@ -59,6 +59,7 @@ def test_a_model_becomes_a_compressed_checkpoint(module, tmp_path, capsys):
     with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(tmp_path / "dense", params)
     more = ["--checkpoint", "dense", "--layers", "layers_2/.*", "--no-repair", "--score", "magnitude"]
+    more += ["--allocation", "erk"]
     assert prune_command.main(arguments + more) == 0
     pruned = shfl_jax.decompress(shfl_jax.load(tmp_path / "out"))
     np.testing.assert_array_equal(pruned["layers_0"]["kernel"], params["layers_0"]["kernel"])

@@ -123,6 +123,21 @@ def test_masks_are_those_of_the_parameters_at_the_update():
             np.testing.assert_array_equal(got, np.repeat(wanted, 4, axis=0))
 
 
+def test_an_allocation_spreads_sparsity_over_layers_and_slices():
+    specs, params = make_specs(TW(0.5, tile_size=4)), make_params()
+    params["a"]["kernel"] *= 1.5
+    sizes = {path: int(np.prod(spec.shape)) for path, spec in specs.items()}
+    kept = {}
+    for allocation in ("global", {"a/kernel": 0.25, "stack/kernel": 0.75}):
+        tx = training.prune(optax.sgd(0.1), specs, training.one_shot(0), allocation)
+        _, state = jax.jit(tx.update)(params, tx.init(params), params)
+        kept[str(allocation)] = {path: int(keep.sum()) for path, keep in elements(training.masks(state)).items()}
+    ranked, given = kept.values()
+    assert sum(ranked.values()) == pytest.approx(sum(sizes.values()) / 2, abs=K)
+    assert ranked["a/kernel"] > 1.2 * sizes["a/kernel"] / 2
+    assert given == pytest.approx({"a/kernel": 0.75 * sizes["a/kernel"], "stack/kernel": 96}, abs=4)
+
+
 def test_a_regrown_weight_starts_with_zero_moments():
     # Two vectors compete; an update from outside turns the ranking over between two mask updates.
     spec = LayerSpec("w", (2, 4), (), (0,), (1,), VW(0.5, group_size=4))
