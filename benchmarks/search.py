@@ -4,8 +4,8 @@ Compares the rows in order (VW), the published K-means, the annealing of `shfl_j
 (unstructured) on all 36 encoder matrices of all-MiniLM-L6-v2 and on random ones, and TVW, Shfl-BW and Shfl-TVW at a
 total sparsity of 75%. Weights are ranked by magnitude; every pattern keeps its default counts, which differ between
 groups ("ragged"). It appends to benchmarks/results/<device>/search.json, skips cases that are there, and can be stopped
-at any time. `--again` measures annealing anew beside the K-means results of the file, `--time` only adds times and
-memory of larger layers, `--table` only prints what is there.
+at any time. `--again` measures what is there anew, but for the K-means results; `--time` only adds times and memory of
+larger layers; `--table` only prints what is there.
 """
 
 import argparse
@@ -257,16 +257,16 @@ def measure_all(path: Path, minutes: float, again: bool) -> dict[str, Any]:
     return document
 
 
-def time_all(path: Path) -> dict[str, Any]:
-    """Adds times and memory of larger layers to the file; earlier ones on as many cores give way."""
+def time_all(path: Path, again: bool) -> dict[str, Any]:
+    """Adds times and memory of larger layers to the file."""
     document = _read(path)
     runs = jax.devices()[0].platform != "cpu"
     for shape, execute in (*((shape, True) for shape in TIMED), (COMPILED, runs)):
         for v in GROUP_SIZES:
-            record = time_record(shape, v, execute)
-            names = ("op", "m", "k", "group_size", "cores")
-            kept = [r for r in document["records"] if [r.get(n) for n in names] != [record[n] for n in names]]
-            document = _write(path, [*kept, record])
+            layer = {"op": "search_time", "m": shape[0], "k": shape[1], "group_size": v}
+            others = [r for r in document["records"] if {**r, **layer} != r]
+            if again or len(others) == len(document["records"]):
+                document = _write(path, [*others, time_record(shape, v, execute)])
     return document
 
 
@@ -275,7 +275,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=60, help="end after this many minutes (default 60)")
     parser.add_argument("--out", type=Path, help="the results file (default: that of this device)")
-    parser.add_argument("--again", action="store_true", help="measure annealing anew, keep the K-means results")
+    parser.add_argument("--again", action="store_true", help="measure again what is there")
     parser.add_argument("--time", action="store_true", help="only measure time and memory of larger layers")
     parser.add_argument("--table", action="store_true", help="only print the tables of the results file")
     options = parser.parse_args(argv)
@@ -283,7 +283,7 @@ def main(argv: list[str] | None = None) -> int:
     if options.table:
         document = _read(path)
     else:
-        document = time_all(path) if options.time else measure_all(path, options.minutes, options.again)
+        document = time_all(path, options.again) if options.time else measure_all(path, options.minutes, options.again)
     Console().print(*table(document["records"]))
     return 0
 

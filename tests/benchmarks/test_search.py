@@ -71,8 +71,11 @@ def test_resumes_and_keeps_the_baseline(measured, tmp_path):
     search.measure_all(path, 1.0, again=True)
     assert measured.count("annealing") == 2 * (3 * 4 + 2 * 3)
     assert measured.count("kmeans") == 2 * 3
-    search.time_all(path)
-    search.time_all(path)
+    search.time_all(path, again=False)
+    measured.clear()
+    search.time_all(path, again=False)
+    assert measured == []
+    search.time_all(path, again=True)
     records = json.loads(path.read_text())["records"]
     assert sum(r["op"] == "search_time" for r in records) == 3 * (len(search.TIMED) + 1)
     assert sum(r["op"] == "search" for r in records) == 2 * 3 * 4
