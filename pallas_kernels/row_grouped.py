@@ -22,7 +22,7 @@ HostArray = jax.Array | np.ndarray
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=["columns", "group_ptr", "rows", "counts", "positions", "pairs"],
-    meta_fields=["m", "k", "group_size", "max_count", "buckets", "k_contiguous"],
+    meta_fields=["m", "k", "group_size", "max_count", "buckets", "k_contiguous", "sentinels"],
 )
 @dataclasses.dataclass(frozen=True)
 class Topology:
@@ -50,6 +50,7 @@ class Topology:
         max_count: the longest segment, in slots.
         buckets: None, or ((groups, slots), ...): the segment lengths known when tracing, in the order of the groups.
         k_contiguous: whether every segment of the values is stored transposed, as (V, slots) (see `slot_values`).
+        sentinels: whether a column may be the sentinel K; False saves a product the comparison.
     """
 
     columns: jax.Array
@@ -64,6 +65,7 @@ class Topology:
     pairs: jax.Array | None = None
     buckets: tuple[tuple[int, int], ...] | None = None
     k_contiguous: bool = False
+    sentinels: bool = True
 
     @property
     def num_groups(self) -> int:

@@ -6,9 +6,9 @@ segments have the same length form a bucket, one batched product. Values of an u
 """
 
 import dataclasses
+import functools
 import itertools
 from collections.abc import Callable, Iterable, Iterator
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -41,14 +41,20 @@ MAX_PRODUCTS = 64
 LOOP_BYTES = 4 << 20
 LOOP_GATHER_BYTES = 1 << 20
 TOKENS_OF_LOOPS = 512
+TOKEN_MAJOR_GATHER_BYTES = 8 << 20
 
 
-class _Bucket(NamedTuple):
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=["values", "columns", "rows"], meta_fields=["sentinels"]
+)
+@dataclasses.dataclass(frozen=True)
+class _Bucket:
     """Groups with the same number of slots."""
 
     values: jax.Array | None  # (groups, V, slots) where K-contiguous, else (groups, slots, V)
     columns: jax.Array  # (groups, slots), K on padding
     rows: jax.Array  # (groups, V), M on sentinel rows
+    sentinels: bool  # whether a column may be K
 
 
 def forward(
@@ -61,24 +67,60 @@ def forward(
     precision: lax.PrecisionLike,
 ) -> jax.Array:
     """Computes activation(W x + bias) for 2-D `x`; see `pallas_kernels.matmul`."""
-    topology = matrix.topology
     token_major = layout == "token_major"
-    if token_major:
-        x = _store(x.T)
-    loop = token_major or _is_large(topology, x)
-    spec = "gvc,gcn->gvn" if topology.k_contiguous else "gcv,gcn->gvn"
-
-    def product(bucket):
-        y = _einsum(spec, bucket.values, _rows_of(x, bucket.columns), precision)
-        return y.reshape(y.shape[0] * y.shape[1], y.shape[2])
-
-    stored = _by_products(product, _buckets(matrix.values, topology), x.dtype.itemsize * x.shape[1], loop=loop)
-    y = _permute_rows(stored, row_positions(topology), loop=loop)
-    if token_major:
-        y = y.T
+    y = (_token_major if token_major else _feature_major)(matrix, x, precision)
     if bias is not None:
         y = y + (bias if token_major else bias[:, None])
     return ACTIVATIONS[activation](y).astype(x.dtype)
+
+
+def _feature_major(matrix: RowGrouped, x: jax.Array, precision: lax.PrecisionLike) -> jax.Array:
+    """W x: (K, N) to (M, N)."""
+    topology = matrix.topology
+    loop = _is_large(topology, x)
+    spec = "gvc,gcn->gvn" if topology.k_contiguous else "gcv,gcn->gvn"
+
+    def product(bucket):
+        y = _einsum(spec, bucket.values, _rows_of(x, bucket.columns, bucket.sentinels), precision)
+        return y.reshape(y.shape[0] * y.shape[1], y.shape[2])
+
+    token_bytes = x.dtype.itemsize * x.shape[1]
+    stored = jnp.concatenate(_by_products(product, _buckets(matrix.values, topology), token_bytes, loop=loop))
+    return _permute_rows(stored, row_positions(topology), loop=loop)
+
+
+def _token_major(matrix: RowGrouped, x: jax.Array, precision: lax.PrecisionLike) -> jax.Array:
+    """x W^T: (N, K) to (N, M), without a transposition: a gather of short rows' columns is cheaper on a CPU."""
+    topology = matrix.topology
+    spec = "gnc,gvc->gnv" if topology.k_contiguous else "gnc,gcv->gnv"
+
+    def product(bucket):
+        def gather(x, columns):
+            return jnp.stack([_columns_of(x, group, bucket.sentinels) for group in columns])
+
+        y = _einsum(spec, _apart(gather, topology, x, bucket.columns), bucket.values, precision)
+        return y.swapaxes(0, 1).reshape(x.shape[0], -1)
+
+    token_bytes = x.dtype.itemsize * x.shape[0]
+    parts = _by_products(product, _buckets(matrix.values, topology), token_bytes, limit=TOKEN_MAJOR_GATHER_BYTES)
+    # The permutation would look every element up in one part after another.
+    stored = _apart(lambda *parts: jnp.concatenate(parts, axis=1), topology, *parts) if len(parts) > 1 else parts[0]
+    return _columns_of(stored, row_positions(topology), sentinels=False)
+
+
+def _apart(function: Callable[..., jax.Array], topology: Topology, *arrays: jax.Array) -> jax.Array:
+    """Makes XLA compute function(*arrays) as it stands on a CPU, fused neither with its readers nor its arguments.
+
+    A gather of columns that is fused into a product comes out transposed, many times slower than both. XLA does not
+    look into the branches of a condition, and cannot know that this one always holds.
+    """
+    shape = jax.eval_shape(function, *arrays)
+
+    def branches(holds, *arrays):
+        return lax.cond(holds, function, lambda *_: jnp.zeros(shape.shape, shape.dtype), *arrays)
+
+    holds = topology.group_ptr[-1] >= 0
+    return lax.platform_dependent(holds, *arrays, cpu=branches, default=lambda _, *arrays: function(*arrays))
 
 
 def _is_large(topology: Topology, x: jax.Array) -> bool:
@@ -87,16 +129,21 @@ def _is_large(topology: Topology, x: jax.Array) -> bool:
 
 
 def _by_products(
-    product: Callable[[_Bucket], jax.Array], buckets: Iterable[_Bucket], token_bytes: int, *, loop: bool
-) -> jax.Array:
-    """Runs `product` over all groups, some at a time, and concatenates what it returns.
+    product: Callable[[_Bucket], jax.Array],
+    buckets: Iterable[_Bucket],
+    token_bytes: int,
+    *,
+    limit: int = GATHER_BYTES,
+    loop: bool = False,
+) -> list[jax.Array]:
+    """Runs `product` over all groups, some at a time: at most `limit` bytes of gathered activations.
 
-    A loop reuses its buffers.
+    A loop reuses its buffers, and what it returns for one bucket is one array.
     """
     parts = []
     for bucket in buckets:
         groups, count = bucket.columns.shape
-        limit = LOOP_GATHER_BYTES if loop else GATHER_BYTES
+        limit = LOOP_GATHER_BYTES if loop else limit
         most = min(max(limit // max(count * token_bytes, 1), -(-groups // MAX_PRODUCTS), 1), groups)
         step = next(step for step in range(most, 0, -1) if groups % step == 0)
         chunks = jax.tree.map(lambda a, step=step: a.reshape(a.shape[0] // step, step, *a.shape[1:]), bucket)
@@ -105,12 +152,12 @@ def _by_products(
             parts.append(part.reshape(part.shape[0] * part.shape[1], *part.shape[2:]))
         else:
             parts += [product(jax.tree.map(lambda a, i=i: a[i], chunks)) for i in range(groups // step)]
-    return jnp.concatenate(parts)
+    return parts
 
 
 def _permute_rows(stored: jax.Array, positions: jax.Array, *, loop: bool) -> jax.Array:
     """Rows of `stored` in the order of `positions`."""
-    moved = (_store(stored) if loop else stored).at[positions].get(mode="promise_in_bounds")
+    moved = _rows_of(_store(stored) if loop else stored, positions, sentinels=False)
     return _store(moved) if loop else moved
 
 
@@ -141,12 +188,13 @@ def grad_values(
     spec = "gcn,gvn->gvc" if topology.k_contiguous else "gcn,gvn->gcv"
 
     def product(bucket):
-        gradient = _einsum(spec, _rows_of(x, bucket.columns), _rows_of(dy, bucket.rows), precision)
+        gathered = _rows_of(x, bucket.columns, bucket.sentinels)
+        gradient = _einsum(spec, gathered, _rows_of(dy, bucket.rows), precision)
         return gradient.reshape(-1, v) if known else gradient
 
     token_bytes = x.dtype.itemsize * x.shape[1]
     loop = token_major or _is_large(topology, x)
-    gradient = _by_products(product, _buckets(None, topology), token_bytes, loop=loop)
+    gradient = jnp.concatenate(_by_products(product, _buckets(None, topology), token_bytes, loop=loop))
     group = slot_groups(topology)
     if not known:
         offset = jnp.arange(topology.num_slots) - topology.group_ptr[group]
@@ -209,6 +257,7 @@ def prepare(matrix: RowGrouped) -> RowGrouped:
         max_count=int(lengths.max(initial=0)),
         buckets=buckets,
         k_contiguous=True,
+        sentinels=bool((new_columns == k).any()),
     )
     return RowGrouped(jnp.asarray(new_values), new)
 
@@ -236,7 +285,7 @@ def _buckets(values: jax.Array | None, topology: Topology) -> Iterator[_Bucket]:
         slots = ptr[:-1, None] + jnp.arange(topology.max_count)
         slots = jnp.where(slots < end[:, None], slots, topology.num_slots)
         columns = topology.columns.at[slots].get(mode="fill", fill_value=topology.k)
-        yield _Bucket(None if values is None else _rows_of(values, slots), columns, rows)
+        yield _Bucket(None if values is None else _rows_of(values, slots), columns, rows, True)
         return
     group = slot = 0
     for groups, count in topology.segments:
@@ -245,7 +294,8 @@ def _buckets(values: jax.Array | None, topology: Topology) -> Iterator[_Bucket]:
         if topology.counts is not None and not topology.k_contiguous:
             columns = jnp.where(jnp.arange(count) < topology.counts[group:last, None], columns, topology.k)
         shape = (groups, v, count) if topology.k_contiguous else (groups, count, v)
-        yield _Bucket(None if values is None else values[slot:end].reshape(shape), columns, rows[group:last])
+        segment = None if values is None else values[slot:end].reshape(shape)
+        yield _Bucket(segment, columns, rows[group:last], topology.sentinels)
         group, slot = last, end
 
 
@@ -261,9 +311,17 @@ def _arrange(slots: jax.Array, topology: Topology) -> jax.Array:
     return jnp.concatenate(parts)
 
 
-def _rows_of(array: jax.Array, index: jax.Array) -> jax.Array:
+def _rows_of(array: jax.Array, index: jax.Array, sentinels: bool = True) -> jax.Array:
     """Rows of an array, zeros where the index is a sentinel."""
-    return array.at[index].get(mode="fill", fill_value=0)
+    return array.at[index].get(mode=_GATHER_MODE[sentinels], fill_value=0, wrap_negative_indices=False)
+
+
+def _columns_of(array: jax.Array, index: jax.Array, sentinels: bool) -> jax.Array:
+    """Columns of an array, zeros where the index is a sentinel."""
+    return array.at[:, index].get(mode=_GATHER_MODE[sentinels], fill_value=0, wrap_negative_indices=False)
+
+
+_GATHER_MODE = {True: "fill", False: "promise_in_bounds"}
 
 
 def _einsum(spec: str, a: jax.Array, b: jax.Array, precision: lax.PrecisionLike) -> jax.Array:
