@@ -9,7 +9,8 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-HIGHEST = jax.lax.Precision.HIGHEST
+from shfl_jax.permutation import HIGHEST, place, ranks
+
 COLD = 0.15
 """The last fraction of the steps, which add no noise."""
 
@@ -100,7 +101,7 @@ def _exchange(gains: jax.Array, grouping: jax.Array, begin: jax.Array, rounds: i
         rows = jnp.concatenate([grouping[first], grouping[second]], axis=1)
         loss = gains.at[rows, second[:, None]].get(mode="fill", fill_value=jnp.inf)
         loss -= gains.at[rows, first[:, None]].get(mode="fill", fill_value=0)
-        _, rows = jax.lax.sort((loss, rows), dimension=1, is_stable=True, num_keys=1)
+        rows = place(rows, ranks(loss))
         return grouping.at[first].set(rows[:, :v]).at[second].set(rows[:, v:])
 
     return jax.lax.fori_loop(0, min(rounds, players - 1), play, grouping)[:num_groups]

@@ -100,6 +100,18 @@ def sort_groups(grouping: jax.Array, m: int) -> jax.Array:
     return grouping[jnp.argsort(first, stable=True)]
 
 
+def ranks(keys: jax.Array) -> jax.Array:
+    """The places (G, N) int32 of keys (G, N) in a stable sort, by counting those before: faster for small N."""
+    slot, mine, other = jnp.arange(keys.shape[1]), keys[:, None, :], keys[:, :, None]
+    before = jnp.where(slot[:, None] < slot, other <= mine, other < mine)
+    return before.sum(1, dtype=jnp.int32)
+
+
+def place(values: jax.Array, places: jax.Array) -> jax.Array:
+    """Values (G, N), each at its place (G, N) of the row."""
+    return jnp.zeros_like(values).at[jnp.arange(len(values))[:, None], places].set(values, unique_indices=True)
+
+
 def _products(features: jax.Array) -> Products:
     if features.shape[0] <= GRAM_ROWS:
         gram = jnp.matmul(features, features.T, precision=HIGHEST)
@@ -171,8 +183,7 @@ def _exchange(products: Products, grouping: jax.Array, m: int, sweeps: jax.Array
         rows = jnp.concatenate([grouping[first], grouping[second]], axis=1)
         real = rows < m
         chosen = _split(products(rows, rows), real, v, swaps)
-        order = jnp.argsort(jnp.where(chosen, 0, jnp.where(real, 1, 2)), axis=1, stable=True)
-        rows = jnp.take_along_axis(rows, order, axis=1)
+        rows = place(rows, ranks(jnp.where(chosen, 0, jnp.where(real, 1, 2))))
         return grouping.at[first].set(rows[:, :v]).at[second].set(rows[:, v:])
 
     def sweep(state: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -210,8 +221,7 @@ def _split(gram: jax.Array, real: jax.Array, v: int, swaps: int) -> jax.Array:
         signed = jnp.where(first, weights[0], jnp.where(real, -weights[1], 0))
         return jnp.einsum("gab,gb->ga", gram, signed, precision=HIGHEST)
 
-    order = jnp.argsort(jnp.where(real, -pull(first), jnp.inf), axis=1, stable=True)
-    first = jnp.zeros_like(first).at[pair, order].set(slot < size)
+    first = ranks(jnp.where(real, -pull(first), jnp.inf)) < size
 
     # Exchanging row a of the first group for b changes the sum of squared distances by
     # -2 <b - a, difference of the means> - |b - a|^2 (1/n + 1/n').
