@@ -34,7 +34,7 @@ MAX_BUCKETS = 8 if _PARALLEL_BATCHES else 16
 # What one more bucket costs a call, in slots of padding.
 BUCKET_SLOTS = 32
 # Gathered activations of one product, in bytes.
-GATHER_BYTES = 8 << 20 if _PARALLEL_BATCHES else 1 << 18
+GATHER_BYTES = 8 << 20 if _PARALLEL_BATCHES else 1 << 20
 MAX_PRODUCTS = 64
 # Gathered activations of a call, in bytes, from which on a loop with small products is better: it reuses its buffers,
 # and memory fresh from the system costs more than the product.
@@ -75,7 +75,7 @@ def forward(
 
 
 def _feature_major(matrix: RowGrouped, x: jax.Array, precision: lax.PrecisionLike) -> jax.Array:
-    """W x: (K, N) to (M, N)."""
+    """W x, (K, N) to (M, N)."""
     topology = matrix.topology
     loop = _is_large(topology, x)
     spec = "gvc,gcn->gvn" if topology.k_contiguous else "gcv,gcn->gvn"
@@ -90,7 +90,7 @@ def _feature_major(matrix: RowGrouped, x: jax.Array, precision: lax.PrecisionLik
 
 
 def _token_major(matrix: RowGrouped, x: jax.Array, precision: lax.PrecisionLike) -> jax.Array:
-    """x W^T: (N, K) to (N, M), without a transposition: a gather of short rows' columns is cheaper on a CPU."""
+    """W x for every row of x, (N, K) to (N, M), without a transposition: gathers of columns are cheaper on a CPU."""
     topology = matrix.topology
     spec = "gnc,gvc->gnv" if topology.k_contiguous else "gnc,gcv->gnv"
 
