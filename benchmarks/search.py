@@ -12,6 +12,7 @@ import argparse
 import dataclasses
 import datetime
 import functools
+import itertools
 import json
 import os
 import sys
@@ -166,42 +167,41 @@ def time_record(shape: tuple[int, int], group_size: int, execute: bool) -> dict[
 def summary(records: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     """Means over the cases by V and sparsity and over all of them, and of the patterns with 2:4 inside."""
     records = list(records)
-    found = []
-    measured = [r for r in records if r["op"] == "search"]
-    for kind in ("pretrained", "synthetic"):
-        for v, sparsity in [(v, s) for v in (*GROUP_SIZES, None) for s in (*SPARSITIES, None)]:
-            if (v is None) != (sparsity is None):
-                continue
-            chosen = [
-                r
-                for r in measured
-                if (r["weights"] in SYNTHETIC) == (kind == "synthetic")
-                and v in (None, r["group_size"])
-                and sparsity in (None, r["sparsity"])
-            ]
-            if chosen:
-                names = [n for n in chosen[0] if n.startswith(("retained_", "closed_"))]
-                means = {name: float(np.mean([r[name] for r in chosen])) for name in names}
-                ratio = means["closed_annealing"] / means["closed_kmeans"] if means["closed_kmeans"] else None
-                gains = [r["retained_annealing"] - r["retained_kmeans"] for r in chosen]
-                found.append(
-                    {"op": "search_summary", "weights": kind, "group_size": v, "sparsity": sparsity, **means}
-                    | {"closed_ratio": ratio, "cases": len(chosen)}
-                    | {"below_kmeans": sum(gain < -1e-7 for gain in gains), "least_gain": min(gains)}
-                )
-    for v in (*GROUP_SIZES, None):
-        chosen = [r for r in records if r["op"] == "two_four" and v in (None, r["group_size"])]
+    found: list[dict[str, Any]] = []
+    cells = [*itertools.product(GROUP_SIZES, SPARSITIES), ("all", "all")]
+    for synthetic_weights, (v, sparsity) in itertools.product((False, True), cells):
+        chosen = [
+            r for r in _chosen(records, "search", v, sparsity) if (r["weights"] in SYNTHETIC) == synthetic_weights
+        ]
         if chosen:
-            names = [n for n in chosen[0] if n.startswith("retained_")]
-            means = {name: float(np.mean([r[name] for r in chosen])) for name in names}
+            means = _means(chosen)
+            gains = [r["retained_annealing"] - r["retained_kmeans"] for r in chosen]
+            found.append(
+                {
+                    "op": "search_summary",
+                    "weights": "synthetic" if synthetic_weights else "pretrained",
+                    "group_size": v,
+                    "sparsity": sparsity,
+                    **means,
+                    # At 50% K-means closes nothing.
+                    "closed_ratio": means["closed_annealing"] / means["closed_kmeans"]
+                    if means["closed_kmeans"]
+                    else None,
+                    "cases": len(chosen),
+                    "below_kmeans": sum(gain < -1e-7 for gain in gains),
+                    "least_gain": min(gains),
+                }
+            )
+    for v in (*GROUP_SIZES, "all"):
+        chosen = _chosen(records, "two_four", v, "all")
+        if chosen:
+            means = _means(chosen)
             above = {
                 "tvw_above_shfl_bw": means["retained_tvw"] - means["retained_shfl_bw"],
                 "shfl_tvw_above_tvw": means["retained_shfl_tvw"] - means["retained_tvw"],
             }
-            found.append(
-                {"op": "two_four_summary", "group_size": v, "sparsity": TOTAL, **means, **above}
-                | {"cases": len(chosen)}
-            )
+            record = {"op": "two_four_summary", "group_size": v, "sparsity": TOTAL, "cases": len(chosen)}
+            found.append(record | means | above)
     return found
 
 
@@ -215,9 +215,9 @@ def table(records: Sequence[dict[str, Any]]) -> list[Table]:
     columns = ("layer", "V", "cores", "K-means, s", "annealing, s", "compilation, s", "peak, MB")
     times = Table(*columns, title="Time and memory of the search")
     for r in summary(records):
-        v = str(r["group_size"] or "all")
+        v = str(r["group_size"])
         if r["op"] == "search_summary":
-            sparsity = "all" if r["sparsity"] is None else f"{r['sparsity']:.1%}"
+            sparsity = "all" if r["sparsity"] == "all" else f"{r['sparsity']:.1%}"
             retained = [f"{r['retained_' + n]:.4f}" for n in ("vw", "kmeans", "annealing", "unstructured")]
             closed = [f"{r['closed_' + n]:.3f}" for n in ("kmeans", "annealing")]
             ratio = "" if r["closed_ratio"] is None else f"{r['closed_ratio']:.2f}"
@@ -290,6 +290,17 @@ def main(argv: list[str] | None = None) -> int:
 
 def _closed(record: dict[str, Any], retained: float) -> float:
     return (retained - record["retained_vw"]) / (record["retained_unstructured"] - record["retained_vw"])
+
+
+def _chosen(records: Iterable[dict[str, Any]], op: str, v: int | str, sparsity: float | str) -> list[dict[str, Any]]:
+    return [
+        r for r in records if r["op"] == op and v in ("all", r["group_size"]) and sparsity in ("all", r["sparsity"])
+    ]
+
+
+def _means(records: Sequence[dict[str, Any]]) -> dict[str, float]:
+    names = [name for name in records[0] if name.startswith(("retained_", "closed_"))]
+    return {name: float(np.mean([r[name] for r in records])) for name in names}
 
 
 def _key(record: dict[str, Any]) -> tuple:

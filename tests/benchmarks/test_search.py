@@ -87,12 +87,12 @@ def test_means_and_tables(measured, tmp_path):
         if record.get("weights") == "0/up" and record["op"] == "search" and record["sparsity"] == 0.5:
             record["retained_annealing"] = 0.28
     means = search.summary(document["records"])
-    overall = next(r for r in means if r["op"] == "search_summary" and r["group_size"] is None)
+    overall = next(r for r in means if r["op"] == "search_summary" and r["group_size"] == "all")
     assert overall["closed_kmeans"] == pytest.approx(0.25)
     assert overall["closed_ratio"] == pytest.approx(0.35 / 0.25)
     assert (overall["cases"], overall["below_kmeans"]) == (24, 3)
     assert overall["least_gain"] == pytest.approx(-0.02)
-    inside = next(r for r in means if r["op"] == "two_four_summary" and r["group_size"] is None)
+    inside = next(r for r in means if r["op"] == "two_four_summary" and r["group_size"] == "all")
     assert inside["tvw_above_shfl_bw"] == pytest.approx(0.5 - 0.34)
     console = Console(width=200, file=io.StringIO(), record=True)
     console.print(*search.table(document["records"]))
