@@ -230,11 +230,11 @@ def _check_pairs(pairs: HostArray, batch: tuple[int, ...], p: int, v: int) -> No
 def _check_fours(columns: np.ndarray, group_ptr: np.ndarray, k: int, at: str) -> None:
     if (group_ptr % 4).any():
         raise ValueError(f"group_ptr{at} must hold multiples of four under 2:4")
-    real = columns.reshape(-1, 4) < k
+    real = columns.reshape(-1, 4) != k
     if not real[:, 0].all() or (real[:, 1:] & ~real[:, :-1]).any():
         raise ValueError(f"columns{at}: a four begins with a column, and the sentinel K={k} stands only at its end")
     group = np.repeat(np.arange(len(group_ptr) - 1, dtype=np.int64), np.diff(group_ptr))
-    keys = (group * (k + 1) + columns)[columns < k]
+    keys = (group * (k + 1) + columns)[columns != k]
     if len(np.unique(keys)) != len(keys):
         raise ValueError(f"columns{at} must hold each column once within every group")
 

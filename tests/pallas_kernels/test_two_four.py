@@ -192,7 +192,7 @@ def put(index, value):
         ({"pairs": lambda a: a.astype(np.int8)}, r"pairs must be uint8 of shape \(2, 16\)"),
         ({"pairs": lambda a: a[:-1]}, r"pairs must be uint8 of shape \(2, 16\)"),
         ({"pairs": put((0, 3), 0b00000000)}, "pairs must ascend strictly within every four"),
-        ({"pairs": put((1, 0), 0b01001101)}, "pairs must ascend strictly within every four"),
+        ({"pairs": put((1, 0), 0b01000111)}, "pairs must ascend strictly within every four"),
         ({"values": lambda a: a[:-1], "columns": lambda a: a[:-2]}, "odd number"),
         ({"columns": lambda a: a[:-1]}, r"columns must have shape \(16,\)"),
         ({"columns": put(1, 21)}, r"columns must lie in 0\.\.19"),
