@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from rich import box
 from rich.table import Table
 
 import shfl_jax
@@ -101,27 +102,24 @@ def table(runs: list[Run], measured: dict[str, Measurement]) -> Table:
     seeds = sorted({run.seed for run in runs})
     dense_bits, dense = _mean_bits(runs, "dense"), measured["dense"]
     over = f", mean of {len(seeds)} seeds" if len(seeds) > 1 else ""
-    result = Table(title=f"Dense and pruned, all trained for as many steps{over}")
+    result = Table(title=f"Dense and pruned, all trained for as many steps{over}", box=box.SIMPLE_HEAD, pad_edge=False)
     result.add_column("pattern")
-    for name in ("sparsity", "counts", "bits per character", "vs dense", "bytes", "of dense", "forward ms", "speed-up"):
-        result.add_column(name, justify="right")
+    for name in ("sparsity", "bits/char", "vs dense", "bytes of layers", "forward", "speed-up"):
+        result.add_column(name, justify="right", no_wrap=True)
     for run in (run for run in runs if run.seed == seeds[0]):
         bits, m = _mean_bits(runs, run.label), measured.get(run.label)
         sparsity = 0.0 if run.masks is None else _sparsity(run.masks)
+        has_groups = run.pattern is not None and run.pattern.group_size > 1
+        measures = ("no kernel", "", "")
+        if m is not None:
+            share, speedup = f"{m.nbytes / dense.nbytes:.0%}", f"{dense.time_us / m.time_us:.2f}x"
+            measures = (f"{m.nbytes:,} {share:>4}", f"{m.time_us / 1e3:.1f} ms", speedup)
         result.add_row(
-            run.label
-            if run.pattern is None or run.pattern.group_size == 1
-            else f"{run.label}, V={run.pattern.group_size}",
+            f"{run.label}, V={run.pattern.group_size}" if has_groups else run.label,
             f"{sparsity:.1%}",
-            _counts(run.pattern),
             f"{bits:.3f}",
             f"{bits / dense_bits - 1:+.1%}",
-            *(
-                (f"{m.nbytes:,}", f"{m.nbytes / dense.nbytes:.0%}", f"{m.time_us / 1e3:.2f}")
-                if m is not None
-                else ("no kernel", "", "")
-            ),
-            f"{dense.time_us / m.time_us:.2f}x" if m is not None else "",
+            *measures,
         )
     return result
 

@@ -144,7 +144,7 @@ def main(argv: list[str] | None = None) -> int:
         f"An add-delta order-3 character model needs {baseline:.3f} bits. Speed-up: forward pass of "
         f"{compare.TIMED_BATCH} x {preset.model.context} characters under jit, timings interleaved, "
         f"median of {compare.TIMED_RUNS}. "
-        "'equal': every row group keeps as many columns, in Shfl-BW and VW alike."
+        "Every row group of a pattern keeps as many columns, unless it says ragged."
     )
     errors = {label: m.error for label, m in measured.items() if label != "dense"}
     for label, error in errors.items():
