@@ -109,13 +109,13 @@ def table(runs: list[Run], measured: dict[str, Measurement]) -> Table:
     for run in (run for run in runs if run.seed == seeds[0]):
         bits, m = _mean_bits(runs, run.label), measured.get(run.label)
         sparsity = 0.0 if run.masks is None else _sparsity(run.masks)
-        has_groups = run.pattern is not None and run.pattern.group_size > 1
+        v = 1 if run.pattern is None else run.pattern.group_size
         measures = ("no kernel", "", "")
         if m is not None:
             share, speedup = f"{m.nbytes / dense.nbytes:.0%}", f"{dense.time_us / m.time_us:.2f}x"
             measures = (f"{m.nbytes:,} {share:>4}", f"{m.time_us / 1e3:.1f} ms", speedup)
         result.add_row(
-            f"{run.label}, V={run.pattern.group_size}" if has_groups else run.label,
+            run.label if v == 1 else f"{run.label}, V={v}",
             f"{sparsity:.1%}",
             f"{bits:.3f}",
             f"{bits / dense_bits - 1:+.1%}",
