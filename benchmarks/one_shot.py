@@ -26,7 +26,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from scipy import stats
 
-from shfl_jax import BW, NM, TW, VW, Pattern, Plan, ShflBW, Unstructured
+from shfl_jax import BW, NM, TVW, TW, VW, Pattern, Plan, ShflBW, Unstructured
 from shfl_jax.one_shot import prune_one_shot
 from training import bert
 
@@ -37,6 +37,7 @@ PATTERNS: dict[str, Callable[[float], Pattern]] = {
     "vw 64": lambda sparsity: VW(sparsity, group_size=64),
     "bw 64": lambda sparsity: BW(sparsity, block_size=64),
     "tw 128": lambda sparsity: TW(sparsity, tile_size=128),
+    "tvw 128": lambda sparsity: TVW(sparsity, tile_size=128),
     "shfl_bw 32": lambda sparsity: ShflBW(sparsity, group_size=32),
     "vw 32": lambda sparsity: VW(sparsity, group_size=32),
     "bw 32": lambda sparsity: BW(sparsity, block_size=32),
@@ -45,7 +46,7 @@ PATTERNS: dict[str, Callable[[float], Pattern]] = {
     "bw 128": lambda sparsity: BW(sparsity, block_size=128),
 }
 """Label -> pattern at a sparsity; the number is V, the tile or the block."""
-FIRST = ("shfl_bw 64", "vw 64", "bw 64", "tw 128", "unstructured", "nm")
+FIRST = ("shfl_bw 64", "vw 64", "bw 64", "tw 128", "tvw 128", "unstructured", "nm")
 """The labels that are measured before the others."""
 METHODS = {"magnitude": ("magnitude", False), "repair": ("wanda", True), "wanda": ("wanda", False)}
 """Method -> score, and whether kept weights are repaired."""

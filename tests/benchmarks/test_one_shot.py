@@ -17,7 +17,7 @@ installed = all(importlib.util.find_spec(name) for name in (bert.PACKAGE, "safet
 
 def test_cases_cover_every_pattern_once():
     cases = list(one_shot.cases(seeds=5))
-    assert len(set(cases)) == len(cases) == 23 * (1 + 5 + 5)  # 12 labels at two sparsities, 2:4 at one of them
+    assert len(set(cases)) == len(cases) == 25 * (1 + 5 + 5)  # 13 labels at two sparsities, 2:4 at one of them
     assert {case.label for case in cases} == set(one_shot.PATTERNS)
     assert {case.sparsity for case in cases if case.label == "nm"} == {0.5}
     assert {case.seed for case in cases if case.method == "magnitude"} == {0}
