@@ -73,7 +73,7 @@ def test_a_schedule_prunes_step_by_step(pattern):
     np.testing.assert_array_equal(masks[-1].elements(), shfl_jax.mask(s, pattern).elements())
 
 
-@pytest.mark.parametrize("pattern", PATTERNS[::2], ids=repr)
+@pytest.mark.parametrize("pattern", [TVW(0.75, 16), ShflTVW(0.75, 16, search="kmeans")], ids=repr)
 def test_stacked_layers_are_searched_slice_by_slice(pattern):
     s = jnp.stack([scores(48, 20, seed) for seed in range(3)])
     stacked = jax.jit(lambda s: shfl_jax.mask(s, pattern))(s)
