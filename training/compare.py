@@ -102,9 +102,10 @@ def table(runs: list[Run], measured: dict[str, Measurement]) -> Table:
     seeds = sorted({run.seed for run in runs})
     dense_bits, dense = _mean_bits(runs, "dense"), measured["dense"]
     over = f", mean of {len(seeds)} seeds" if len(seeds) > 1 else ""
-    result = Table(title=f"Dense and pruned, all trained for as many steps{over}", box=box.SIMPLE_HEAD, pad_edge=False)
+    title = f"Dense and pruned, all trained for as many steps{over}"
+    result = Table(title=title, box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
     result.add_column("pattern")
-    for name in ("sparsity", "bits/char", "vs dense", "bytes of layers", "forward", "speed-up"):
+    for name in ("sparsity", "bits/char", "vs dense", "bytes", "forward", "speed-up"):
         result.add_column(name, justify="right", no_wrap=True)
     for run in (run for run in runs if run.seed == seeds[0]):
         bits, m = _mean_bits(runs, run.label), measured.get(run.label)
