@@ -41,6 +41,7 @@ MAX_PRODUCTS = 64
 LOOP_BYTES = 4 << 20
 LOOP_GATHER_BYTES = 1 << 20
 TOKENS_OF_LOOPS = 512
+# Gathered activations of one product, in bytes, where they are token-major.
 TOKEN_MAJOR_GATHER_BYTES = 8 << 20
 
 
