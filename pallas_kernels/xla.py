@@ -26,23 +26,19 @@ from pallas_kernels.row_grouped import (
 
 ACTIVATIONS = {None: lambda y: y, "relu": jax.nn.relu, "gelu": jax.nn.gelu, "silu": jax.nn.silu}
 
-# XLA runs the products of a batch in parallel since JAX 0.11. Before that only several independent products use all
-# cores where single ones are small, so there are more and smaller ones.
-_PARALLEL_BATCHES = jax.__version_info__ >= (0, 11)
-# Lengths that `prepare` pads segments to.
-MAX_BUCKETS = 8 if _PARALLEL_BATCHES else 16
+# Lengths that `prepare` pads segments to. XLA runs the products of a batch in parallel since JAX 0.11. Before that only
+# several independent products use all cores where single ones are small, so there may be more of them.
+MAX_BUCKETS = 8 if jax.__version_info__ >= (0, 11) else 16
 # What one more bucket costs a call, in slots of padding.
 BUCKET_SLOTS = 32
 # Gathered activations of one product, in bytes.
-GATHER_BYTES = 8 << 20 if _PARALLEL_BATCHES else 1 << 20
+GATHER_BYTES = 8 << 20
 MAX_PRODUCTS = 64
 # Gathered activations of a call, in bytes, from which on a loop with small products is better: it reuses its buffers,
 # and memory fresh from the system costs more than the product.
 LOOP_BYTES = 4 << 20
 LOOP_GATHER_BYTES = 1 << 20
 TOKENS_OF_LOOPS = 512
-# Gathered activations of one product, in bytes, where they are token-major.
-TOKEN_MAJOR_GATHER_BYTES = 8 << 20
 
 
 @functools.partial(
@@ -103,7 +99,7 @@ def _token_major(matrix: RowGrouped, x: jax.Array, precision: lax.PrecisionLike)
         return y.swapaxes(0, 1).reshape(x.shape[0], -1)
 
     token_bytes = x.dtype.itemsize * x.shape[0]
-    parts = _by_products(product, _buckets(matrix.values, topology), token_bytes, limit=TOKEN_MAJOR_GATHER_BYTES)
+    parts = _by_products(product, _buckets(matrix.values, topology), token_bytes)
     # The permutation would look every element up in one part after another.
     stored = _apart(lambda *parts: jnp.concatenate(parts, axis=1), topology, *parts) if len(parts) > 1 else parts[0]
     return _columns_of(stored, row_positions(topology), sentinels=False)
@@ -134,17 +130,16 @@ def _by_products(
     buckets: Iterable[_Bucket],
     token_bytes: int,
     *,
-    limit: int = GATHER_BYTES,
     loop: bool = False,
 ) -> list[jax.Array]:
-    """Runs `product` over all groups, some at a time: at most `limit` bytes of gathered activations.
+    """Runs `product` over all groups, some at a time.
 
     A loop reuses its buffers, and what it returns for one bucket is one array.
     """
     parts = []
     for bucket in buckets:
         groups, count = bucket.columns.shape
-        limit = LOOP_GATHER_BYTES if loop else limit
+        limit = LOOP_GATHER_BYTES if loop else GATHER_BYTES
         most = min(max(limit // max(count * token_bytes, 1), -(-groups // MAX_PRODUCTS), 1), groups)
         step = next(step for step in range(most, 0, -1) if groups % step == 0)
         chunks = jax.tree.map(lambda a, step=step: a.reshape(a.shape[0] // step, step, *a.shape[1:]), bucket)
