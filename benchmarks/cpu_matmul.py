@@ -14,6 +14,7 @@ import json
 import pathlib
 import statistics
 import sys
+from collections.abc import Callable
 from typing import Literal
 
 import jax
@@ -83,7 +84,10 @@ def measure(case: Case, runs: int) -> dict:
     token_major = case.layout == "token_major"
     x = jax.random.normal(jax.random.key(1), (case.n, case.k) if token_major else (case.k, case.n))
     sparse = jax.jit(lambda a, x: pallas_kernels.matmul(a, x, layout=case.layout, implementation="xla"))
-    contract = lambda i, j: jax.jit(lambda a, b: jax.lax.dot_general(a, b, (((i,), (j,)), ((), ()))))  # noqa: E731
+
+    def contract(i: int, j: int) -> Callable[..., jax.Array]:
+        return jax.jit(lambda a, b: jax.lax.dot_general(a, b, (((i,), (j,)), ((), ()))))
+
     stored, transposed = jnp.asarray(weight), jnp.asarray(weight.T.copy())
     dense = {"m_k": (contract(1, 1), x, stored), "k_m": (contract(1, 0), x, transposed)}
     if not token_major:
