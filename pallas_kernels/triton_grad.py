@@ -181,8 +181,9 @@ def _grad_input_kernel(values_ref, table_ref, rows_ref, dy_ref, dx_ref, *, confi
     def multiply(step, indices, acc):
         slots, rows = indices
         lanes = lax.rem(step, parts) * block_k + jnp.arange(block_k)
-        weights = load_tile(values_ref, slots, lanes, slots < p, None)
-        dys = load_tile(dy_ref, rows, tokens, None if groups * v == m else rows < m, live_tokens)
+        live_rows = None if groups * v == m else rows < m
+        weights = load_tile(values_ref, slots, lanes, slots < p, live_rows)
+        dys = load_tile(dy_ref, rows, tokens, live_rows, live_tokens)
         return acc + contract(weights, dys, (1, 0), precision)
 
     acc = jnp.zeros((c.block_rows, c.block_tokens), jnp.float32)

@@ -136,8 +136,13 @@ def main(argv: list[str] | None = None) -> int:
         "every model."
     )
     seeds = range(options.seed, options.seed + preset.seeds)
+    runs = []
     with _progress(console) as progress:
-        runs = [run for seed in seeds for run in train_all(preset, data, seed, progress)]
+        for run in (run for seed in seeds for run in train_all(preset, data, seed, progress)):
+            runs.append(run)
+            if not console.is_terminal:  # a log has no bars
+                seconds = time.monotonic() - start
+                console.print(f"{seconds:.0f} s: {run.label}, seed {run.seed}: {run.bits:.3f} bits per character")
     measured = compare.measure([run for run in runs if run.seed == options.seed], preset.model, options.out)
     console.print(compare.table(runs, measured))
     console.print(
