@@ -12,6 +12,7 @@ import argparse
 import collections
 import dataclasses
 import datetime
+import functools
 import json
 import sys
 import time
@@ -30,23 +31,23 @@ from shfl_jax import BW, NM, TVW, TW, VW, Pattern, Plan, ShflBW, Unstructured
 from shfl_jax.one_shot import prune_one_shot
 from training import bert
 
+GROUP_SIZES = (64, 32, 128)
 PATTERNS: dict[str, Callable[[float], Pattern]] = {
     "unstructured": Unstructured,
     "nm": lambda sparsity: NM(),
-    "shfl_bw 64": lambda sparsity: ShflBW(sparsity, group_size=64),
-    "vw 64": lambda sparsity: VW(sparsity, group_size=64),
-    "bw 64": lambda sparsity: BW(sparsity, block_size=64),
     "tw 128": lambda sparsity: TW(sparsity, tile_size=128),
     "tvw 128": lambda sparsity: TVW(sparsity, tile_size=128),
-    "shfl_bw 32": lambda sparsity: ShflBW(sparsity, group_size=32),
-    "vw 32": lambda sparsity: VW(sparsity, group_size=32),
-    "bw 32": lambda sparsity: BW(sparsity, block_size=32),
-    "shfl_bw 128": lambda sparsity: ShflBW(sparsity, group_size=128),
-    "vw 128": lambda sparsity: VW(sparsity, group_size=128),
-    "bw 128": lambda sparsity: BW(sparsity, block_size=128),
 }
-"""Label -> pattern at a sparsity; the number is V, the tile or the block."""
-FIRST = ("shfl_bw 64", "vw 64", "bw 64", "tw 128", "tvw 128", "unstructured", "nm")
+"""Label -> pattern at a sparsity; the number is V, the tile or the block; "equal": every group keeps as many columns."""
+for _v in GROUP_SIZES:
+    PATTERNS |= {
+        f"shfl_bw {_v}": functools.partial(ShflBW, group_size=_v),
+        f"vw {_v}": functools.partial(VW, group_size=_v),
+        f"shfl_bw {_v} equal": functools.partial(ShflBW, group_size=_v, balanced=True),
+        f"vw {_v} equal": functools.partial(VW, group_size=_v, balanced=True),
+        f"bw {_v}": functools.partial(BW, block_size=_v),
+    }
+FIRST = tuple(PATTERNS)[:9]
 """The labels that are measured before the others."""
 METHODS = {"magnitude": ("magnitude", False), "repair": ("wanda", True), "wanda": ("wanda", False)}
 """Method -> score, and whether kept weights are repaired."""
@@ -204,11 +205,12 @@ def claims(document: dict[str, Any]) -> Table:
     for sparsity in SPARSITIES:
         for label in PATTERNS:
             add(f"{label}: repair beats magnitude", sparsity, (label, "repair"), (label, "magnitude"))
-    for v in (32, 64, 128):
-        for other in ("vw", "bw"):
-            for method in ("repair", "wanda"):
-                claim = f"shfl_bw {v} beats {other} {v} ({method})"
-                add(claim, 0.75, (f"shfl_bw {v}", method), (f"{other} {v}", method))
+    for v in GROUP_SIZES:
+        for counts in ("", " equal"):
+            for other in (f"vw {v}{counts}", f"bw {v}"):
+                for method in ("repair", "wanda"):
+                    claim = f"shfl_bw {v}{counts} beats {other} ({method})"
+                    add(claim, 0.75, (f"shfl_bw {v}{counts}", method), (other, method))
     return shown
 
 

@@ -17,11 +17,11 @@ installed = all(importlib.util.find_spec(name) for name in (bert.PACKAGE, "safet
 
 def test_cases_cover_every_pattern_once():
     cases = list(one_shot.cases(seeds=5))
-    assert len(set(cases)) == len(cases) == 25 * (1 + 5 + 5)  # 13 labels at two sparsities, 2:4 at one of them
+    assert len(set(cases)) == len(cases) == 37 * (1 + 5 + 5)  # 19 labels at two sparsities, 2:4 at one of them
     assert {case.label for case in cases} == set(one_shot.PATTERNS)
     assert {case.sparsity for case in cases if case.label == "nm"} == {0.5}
     assert {case.seed for case in cases if case.method == "magnitude"} == {0}
-    assert (cases[0].sparsity, cases[0].label) == (0.75, "shfl_bw 64")
+    assert (cases[0].sparsity, cases[0].label) == (0.75, "unstructured")
 
 
 def test_interval_is_students():

@@ -74,7 +74,8 @@ globals().update(
     {
         name: thing
         for name, thing in vars(suite).items()
-        if name in ("implementation", "arrange", "ieee", "pytestmark") or (name.startswith("test_") and name not in LEFT_OUT)
+        if name in ("implementation", "arrange", "ieee", "pytestmark")
+        or (name.startswith("test_") and name not in LEFT_OUT)
     }
 )
 
