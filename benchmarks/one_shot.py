@@ -38,7 +38,7 @@ PATTERNS: dict[str, Callable[[float], Pattern]] = {
     "tw 128": lambda sparsity: TW(sparsity, tile_size=128),
     "tvw 128": lambda sparsity: TVW(sparsity, tile_size=128),
 }
-"""Label -> pattern at a sparsity; the number is V, the tile or the block; "equal": every group keeps as many columns."""
+"""Label -> pattern at a sparsity. The number is V, the tile or the block; "equal": all groups keep as many columns."""
 for _v in GROUP_SIZES:
     PATTERNS |= {
         f"shfl_bw {_v}": functools.partial(ShflBW, group_size=_v),

@@ -111,8 +111,12 @@ def _slot_table_kernel(columns_ref, ptr_ref, counts_ref, empty_ref, table_ref, *
     del empty_ref, interpret  # the former is the same memory as the table
     group, local = pl.program_id(0), pl.program_id(1) * block + jnp.arange(block)
     slots, live = ptr_ref[group] + local, local < counts_ref[group]
+    k = table_ref.shape[1]
+    columns = plgpu.load(columns_ref.at[slots], mask=live, other=k)
+    # A slot of a 2:4 matrix may have no column; stored at its sentinel it would reach the next group's first input.
+    live = columns < k
     # Lanes that are masked off point behind the table: the interpreter writes them, and drops what is out of range.
-    columns = jnp.where(live, plgpu.load(columns_ref.at[slots], mask=live, other=0), table_ref.shape[1])
+    columns = jnp.where(live, columns, k)
     plgpu.store(table_ref.at[jnp.full_like(columns, group), columns], slots, mask=live)
 
 

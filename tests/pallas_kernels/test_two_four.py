@@ -17,6 +17,7 @@ from pallas_kernels import pairs
 _spec = importlib.util.spec_from_file_location("packed_suite", pathlib.Path(__file__).with_name("test_matmul.py"))
 suite = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(suite)
+FIXTURES = ("implementation", "arrange", "ieee", "pytestmark")
 LEFT_OUT = {
     "test_what_is_not_finite_and_unused_never_leaks",  # below, where unused means something else
 }
