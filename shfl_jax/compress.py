@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 
 import pallas_kernels
 from pallas_kernels import RowGrouped, Topology
@@ -38,7 +39,9 @@ class LayerTopology:
     tokens: tuple[int, ...] = ()
 
 
-def compress(params: Any, masks: Masks, *, tokens: int | Sequence[int] = ()) -> dict[str, Any]:
+def compress(
+    params: Any, masks: Masks, *, tokens: int | Sequence[int] = (), dtype: DTypeLike | None = None
+) -> dict[str, Any]:
     """Stores every pruned kernel as a row-grouped matrix. On the host, because sizes depend on the masks.
 
     Some layers stay dense, with their pruned weights set to zero: those whose mask keeps everything or nothing,
@@ -49,6 +52,7 @@ def compress(params: Any, masks: Masks, *, tokens: int | Sequence[int] = ()) -> 
         masks: the masks to apply.
         tokens: the token counts N the model will run with. A layer predicted to run below `SLOWEST` of dense at one of
             them stays dense, where the default device has a table of measurements (`pallas_kernels.predict`).
+        dtype: what the layers compute in, for that prediction; None: the dtype of their kernels. Storage keeps theirs.
 
     Returns:
         {'params': the tree with values (*batch, P, V) in place of compressed kernels (*batch are the spec's batch axes;
@@ -76,7 +80,7 @@ def compress(params: Any, masks: Masks, *, tokens: int | Sequence[int] = ()) -> 
             topology[spec.path] = LayerTopology(None, spec, reason, tokens)
         else:
             matrix = _matrix(weight, mask)
-            reason = _why_slower(matrix, tokens)
+            reason = _why_slower(matrix, tokens, jnp.dtype(dtype or matrix.dtype).name)
             if reason:
                 values[spec.path] = spec.from_matrix(jnp.where(mask.elements(), weight, 0))
                 topology[spec.path] = LayerTopology(None, spec, reason, tokens)
@@ -86,7 +90,7 @@ def compress(params: Any, masks: Masks, *, tokens: int | Sequence[int] = ()) -> 
     return {"params": update_paths(params, values), "topology": nest(topology)}
 
 
-def _why_slower(matrix: RowGrouped, tokens: tuple[int, ...]) -> str:
+def _why_slower(matrix: RowGrouped, tokens: tuple[int, ...], dtype: str) -> str:
     """Why a layer would not pay at the declared token counts on the default device, "" if it would or nobody knows."""
     device, topology = jax.devices()[0].device_kind, matrix.topology
     for n in tokens:
@@ -95,7 +99,7 @@ def _why_slower(matrix: RowGrouped, tokens: tuple[int, ...]) -> str:
             n,
             slots=topology.num_slots,
             group_size=topology.group_size,
-            dtype=matrix.dtype.name,
+            dtype=dtype,
             equal=topology.equal_counts,
             device=device,
         )

@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 from flax import nnx
+from jax.typing import DTypeLike
 
 from pallas_kernels import RowGrouped
 from shfl_jax.axes import contraction_axes, split_arrays, tie_batch_axes
@@ -49,13 +50,16 @@ def resolve(plan: Plan, model: nnx.Module, *example_inputs: Any, **call_kwargs: 
     return plan.specs(shapes, contraction_axes(call, shapes, matched, rest, arrays))
 
 
-def sparsify(model: nnx.Module, masks: Masks, *, tokens: int | Sequence[int] = ()) -> nnx.Module:
+def sparsify(
+    model: nnx.Module, masks: Masks, *, tokens: int | Sequence[int] = (), dtype: DTypeLike | None = None
+) -> nnx.Module:
     """Compresses a model. On the host.
 
     Args:
         model: the model that the masks belong to. It is left as it is.
         masks: the masks to apply.
         tokens: as in `shfl_jax.compress`, which also says what stays dense.
+        dtype: as in `shfl_jax.compress`.
 
     Returns:
         A new model in which every compressed `nnx.Linear` or `nnx.LinearGeneral` is a `SparseLinear`.
@@ -67,7 +71,7 @@ def sparsify(model: nnx.Module, masks: Masks, *, tokens: int | Sequence[int] = (
     model = nnx.clone(model)
     params = nnx.state(model, nnx.Param)
     _check_untied(model, list(masks), path_leaves(params))
-    sparse = compress(params, masks, tokens=tokens)
+    sparse = compress(params, masks, tokens=tokens, dtype=dtype)
     compressed = matrices(sparse)
     dense = {path: leaf for path, leaf in path_leaves(sparse["params"]).items() if path not in compressed}
     nnx.update(model, update_paths(params, dense))

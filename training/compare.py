@@ -53,11 +53,13 @@ class Measurement:
         nbytes: values and integers of the pruned layers.
         time_us: median time of a forward pass.
         error: largest difference of logits to those of the masked dense model, relative to the largest logit.
+        dense: path -> why that pruned layer was left dense.
     """
 
     nbytes: int
     time_us: float
     error: float
+    dense: dict[str, str] = dataclasses.field(default_factory=dict)
 
 
 def measure(runs: list[Run], model: GPT, out: Path) -> dict[str, Measurement]:
@@ -77,11 +79,11 @@ def measure(runs: list[Run], model: GPT, out: Path) -> dict[str, Measurement]:
     kernels = shfl_jax.path_leaves(dense.params)
     masked = next(run.masks for run in runs if run.masks is not None)
     dense_bytes = sum(kernels[path].nbytes for path in masked)
-    stored = {"dense": (dense_bytes, 0.0)}
+    stored: dict[str, tuple[int, float, dict[str, str]]] = {"dense": (dense_bytes, 0.0, {})}
     for run in runs:
         if run.pattern is None or run.masks is None or run.pattern.group_size == 1:
             continue
-        sparse = shfl_jax.compress(run.params, run.masks, tokens=int(np.prod(tokens)))
+        sparse = shfl_jax.compress(run.params, run.masks, tokens=int(np.prod(tokens)), dtype=model.dtype)
         path = out / run.label.lower().replace(", ", "_").replace(" ", "_").replace("-", "_")
         shfl_jax.save(path, sparse)
         loaded = shfl_jax.load(path)
@@ -90,11 +92,12 @@ def measure(runs: list[Run], model: GPT, out: Path) -> dict[str, Measurement]:
             wanted = jnp.asarray(exact.apply({"params": run.params}, inputs))
             got = jax.jit(functools.partial(shfl_jax.linen.apply, exact))(ready, inputs)
         error = float(jnp.abs(got - wanted).max() / jnp.abs(wanted).max())
-        stored[run.label] = (shfl_jax.report(loaded).nbytes, error)
+        report = shfl_jax.report(loaded)
+        stored[run.label] = (report.nbytes, error, {x.path: x.why for x in report.layers if x.route == "dense"})
         sparse_forward = jax.jit(functools.partial(shfl_jax.linen.apply, model))
         forwards[run.label] = functools.partial(sparse_forward, ready, inputs)
     times = timing.interleaved_us(forwards, TIMED_RUNS)
-    return {label: Measurement(nbytes, times[label], error) for label, (nbytes, error) in stored.items()}
+    return {label: Measurement(nbytes, times[label], error, why) for label, (nbytes, error, why) in stored.items()}
 
 
 def table(runs: list[Run], measured: dict[str, Measurement]) -> Table:
@@ -153,6 +156,7 @@ def results(
                 "nbytes": None if m is None else m.nbytes,
                 "dense_nbytes": measured["dense"].nbytes,
                 "logits_error": None if m is None else m.error,
+                "dense_layers": None if m is None else len(m.dense),
                 "layers": model.layers,
                 "steps": steps,
                 "seed": run.seed,

@@ -154,6 +154,9 @@ def main(argv: list[str] | None = None) -> int:
     errors = {label: m.error for label, m in measured.items() if label != "dense"}
     for label, error in errors.items():
         console.print(f"{label}: logits of the compressed model differ from the masked dense ones by {error:.1e}")
+    for label, m in measured.items():
+        for path, why in list(m.dense.items())[:1]:
+            console.print(f"{label}: {len(m.dense)} layers stay dense, where sparse would not pay; {path}: {why}")
     record = {"preset": options.preset, **compare.results(runs, measured, preset.model, preset.steps, baseline)}
     (options.out / "demo.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     drawn = "demo.json and demo.png"

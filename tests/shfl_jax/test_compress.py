@@ -136,3 +136,19 @@ def test_bad_input_names_the_layer_the_shape_and_the_fix_and_changes_nothing():
     sparse = shfl_jax.compress(params, masks)
     with pytest.raises(ValueError, match="'topology' has 'mlp/kernel', 'params' has not"):
         shfl_jax.decompress({**sparse, "params": {}})
+
+
+def test_the_dtype_that_layers_compute_in_decides_what_stays_dense(monkeypatch):
+    asked = []
+
+    def predict(*shape, dtype, **_):
+        asked.append((shape, dtype))
+        return pallas_kernels.cost.Prediction(1.0, 0.5 if dtype == "bfloat16" else 2.0)
+
+    monkeypatch.setattr(pallas_kernels, "predict", predict)
+    params, masks = layer()
+    assert shfl_jax.compress(params, masks, tokens=16)["topology"]["mlp"]["kernel"].topology is not None
+    left = shfl_jax.compress(params, masks, tokens=16, dtype=jnp.bfloat16)
+    assert "predicted at 0.50 of dense speed for 16 tokens" in left["topology"]["mlp"]["kernel"].dense_because
+    assert left["params"]["mlp"]["kernel"].dtype == params["mlp"]["kernel"].dtype
+    assert asked == [((7, 5, 16), "float32"), ((7, 5, 16), "bfloat16")]
