@@ -1,16 +1,13 @@
 """Row-grouped products as a Pallas-Mosaic kernel for Hopper GPUs; derivatives and everything else are Triton's."""
 
 import functools
+import importlib
+from types import ModuleType
 
 import jax
 import jax.numpy as jnp
 
 from pallas_kernels import triton, triton_tiles
-
-try:
-    from pallas_kernels import mosaic_gpu_forward as kernel
-except ImportError as error:  # a JAX whose Mosaic GPU has other parts
-    kernel, MISSING = None, str(error)
 
 GROUP_SIZES = (64, 128, 256)
 FEWEST_TOKENS = 257  # with fewer, most of a tile would be padding
@@ -54,12 +51,13 @@ def forward(matrix, x, bias, *, activation, layout, precision, config=None):
     n = x.shape[1]
     if n < FEWEST_TOKENS or n % triton_tiles.VECTOR:
         raise NotImplementedError(f"the Mosaic kernel needs more than 256 tokens, in multiples of 8, got {n}")
+    kernel = _kernel()
     config = heuristic(topology.group_size) if config is None else config
     used = config.shared_memory(topology.group_size)
     if used > kernel.SHARED_MEMORY:
         raise NotImplementedError(f"{config} takes {used} bytes of shared memory")
     if not triton_tiles.is_aligned(topology, kernel.BLOCK_K):
-        raise NotImplementedError(f"the Mosaic kernel needs segments of whole steps of {kernel.BLOCK_K}: `prepare` pads")
+        raise NotImplementedError(f"the Mosaic kernel takes steps of {kernel.BLOCK_K} slots: `prepare` the matrix")
     product = functools.partial(
         kernel.product,
         m=topology.m,
@@ -83,15 +81,22 @@ def forward_two_four(matrix, x, bias, *, activation, layout, precision):
 
 def heuristic(group_size: int):
     """The config for a group size."""
+    kernel = _kernel()
     if group_size == 256:
         return kernel.Config(block_tokens=128, split="rows")
     return kernel.Config(block_tokens=256, split="tokens")
 
 
+def _kernel() -> ModuleType:
+    """The kernel's module, imported when it is needed: other versions of JAX may lack what it imports."""
+    try:
+        return importlib.import_module("pallas_kernels.mosaic_gpu_forward")
+    except ImportError as error:
+        raise NotImplementedError(f"the Mosaic kernel needs another version of JAX: {error}") from error
+
+
 def _check(topology, dtype) -> None:
     """Raises NotImplementedError for what the kernel cannot do, whatever the tokens and the GPU."""
-    if kernel is None:
-        raise NotImplementedError(f"the Mosaic kernel needs another version of JAX: {MISSING}")
     triton_tiles.check(topology, dtype)
     if topology.group_size not in GROUP_SIZES:
         raise NotImplementedError(f"the Mosaic kernel needs groups of {GROUP_SIZES} rows, got {topology.group_size}")

@@ -4,6 +4,8 @@ Every function here is the body of a `plgpu.inline_mgpu` call: it runs at loweri
 values and arrays as registers of a thread, and emits the instructions of one thread. A warpgroup is 128 threads.
 """
 
+from typing import Any
+
 import numpy as np
 from jax.experimental.mosaic.gpu import fragmented_array as fa
 from jax.experimental.mosaic.gpu import utils
@@ -128,7 +130,7 @@ def store_rows(y, tile, rows, first_token, *, m: int, tokens: int) -> None:
     """
     i32 = ir.IntegerType.get_signless(32)
     height, width = tile.shape
-    # 64-row blocks, eight-token blocks, and the two halves of a warp's 16 rows: the axes along which a thread holds more.
+    # What a thread holds more than one of: 64-row blocks, eight-token blocks, halves of its warp's 16 rows.
     packed = np.array([utils.bitcast(r, i32) for r in tile.registers.flat], dtype=object)
     packed = packed.reshape(height // 64, width // 8, 2)
     quad = arith.remui(_thread(), _i32(4))
@@ -143,9 +145,7 @@ def store_rows(y, tile, rows, first_token, *, m: int, tokens: int) -> None:
             at = arith.addi(token, _i32(8 * i))
             live = arith.andi(live_row, arith.cmpi(arith.CmpIPredicate.ult, at, _i32(tokens)))
             address = arith.addi(start, arith.muli(_wide(at), _i64(2)))
-            store = (
-                "{ .reg .pred live; setp.ne.b32 live, $5, 0; @live st.global.v4.b32 [$0], {$1, $2, $3, $4}; }"
-            )
+            store = "{ .reg .pred live; setp.ne.b32 live, $5, 0; @live st.global.v4.b32 [$0], {$1, $2, $3, $4}; }"
             _emit(store, [address, *words, arith.extui(i32, live)])
 
 
@@ -183,7 +183,7 @@ def _scalar(register):
     return vector.extract(register, dynamic_position=[], static_position=ir.DenseI64ArrayAttr.get([0]))
 
 
-def _emit(ptx: str, operands, result: ir.Type | None = None):
+def _emit(ptx: str, operands, result: ir.Type | None = None) -> Any:
     """One inline-PTX operation: integers only, 32 or 64 bits wide, and at most one 32-bit result."""
     constraints = ["l" if o.type == ir.IntegerType.get_signless(64) else "r" for o in operands]
     constraints = (["=r"] if result is not None else []) + constraints
