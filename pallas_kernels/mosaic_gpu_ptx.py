@@ -131,8 +131,7 @@ def store_rows(y, tile, rows, first_token, *, m: int, tokens: int) -> None:
     i32 = ir.IntegerType.get_signless(32)
     height, width = tile.shape
     # What a thread holds more than one of: 64-row blocks, eight-token blocks, halves of its warp's 16 rows.
-    packed = np.array([utils.bitcast(r, i32) for r in tile.registers.flat], dtype=object)
-    packed = packed.reshape(height // 64, width // 8, 2)
+    packed = _objects([utils.bitcast(r, i32) for r in tile.registers.flat]).reshape(height // 64, width // 8, 2)
     quad = arith.remui(_thread(), _i32(4))
     token = arith.addi(first_token.registers.item(), _mul(quad, 8))
     base = _global(y)
@@ -174,9 +173,14 @@ def _row_of_thread():
 def _row_array(values, count: int, layout, is_signed):
     shape = layout.to_mgpu().registers_shape((count,))
     kind = ir.VectorType.get((1,), values[0].type)
-    registers = np.empty(len(values), dtype=object)
-    registers[:] = [vector.broadcast(kind, value) for value in values]
+    registers = _objects([vector.broadcast(kind, value) for value in values])
     return fa.FragmentedArray(_registers=registers.reshape(shape), _layout=layout.to_mgpu(), _is_signed=is_signed)
+
+
+def _objects(values) -> np.ndarray:
+    found = np.empty(len(values), dtype=object)
+    found[:] = values
+    return found
 
 
 def _scalar(register):
