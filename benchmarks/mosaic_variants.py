@@ -169,13 +169,14 @@ class Watch:
     """Says what runs now, and ends the process where it takes too long."""
 
     def __init__(self, on_hang: Callable[[str], None]):
-        self.on_hang, self.name, self.since = on_hang, "", time.monotonic()
+        self.on_hang, self.name, self.since, self.patience = on_hang, "", 0.0, PATIENCE
         threading.Thread(target=self._look, daemon=True).start()
 
-    def begin(self, name: str, patience: float = PATIENCE) -> None:
+    def begin(self, name: str, patience: int = PATIENCE) -> None:
         """Prints what begins and starts its clock."""
         print(f"  .. {name}", flush=True)
-        self.name, self.since, self.patience = name, time.monotonic(), patience
+        self.since, self.patience = time.monotonic(), patience
+        self.name = name  # last: from now on the clock counts
 
     def end(self) -> None:
         """Stops the clock."""
