@@ -285,7 +285,7 @@ def measure(study: Study, case: Case, compiled: dict[str, tuple]) -> None:
             continue
         if time.monotonic() > study.deadline:
             print(f"{case.name}: out of time", flush=True)
-            return
+            break
         function, plain = future.result(), implementation == "xla"
         if isinstance(function, str):
             study.blame(name, function)
@@ -315,6 +315,7 @@ def measure(study: Study, case: Case, compiled: dict[str, tuple]) -> None:
                 continue
             record["time_us"], record["kernels"] = float(timed[0]), int(timed[1])
         records.append(record)
+        study.save()
     mine = [r for r in records if r["case"] == case.name]
     best = min((r["time_us"] for r in mine if r["implementation"] == "xla" and not small), default=None)
     for r in mine:
@@ -373,7 +374,7 @@ def table(result: dict) -> str:
             error = f"{r['relative_error']:.1e}" if "relative_error" in r else "-"
             lines.append(f" {r['time_us']:7.1f} x{speedup} {error} {r['implementation'][:6]} {r['label']}")
     lines += [f"BAD {name}: {why[:160]}" for name, why in result["bad"].items()]
-    return "\n".join(lines)[-8000:]
+    return "\n".join(lines)[:8000]
 
 
 def run_shard(shard: int, options, folder: pathlib.Path, deadline: float) -> None:
