@@ -1,0 +1,120 @@
+"""Row-grouped products as a Pallas-Mosaic kernel for Hopper GPUs; derivatives and everything else are Triton's."""
+
+import functools
+import importlib
+from types import ModuleType
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels import triton, triton_tiles
+
+GROUP_SIZES = (64, 128, 256)
+FEWEST_TOKENS = 257  # with fewer, most of a tile would be padding
+HOPPER = ("H100", "H20", "H800")  # what the names of these GPUs hold: GH200 and H200 too
+
+grad_input = triton.grad_input
+grad_values = triton.grad_values
+grad_values_two_four = triton.grad_values_two_four
+
+
+def prepare(matrix):
+    """Arranges the matrix as for Triton: segments padded to whole steps, groups sorted, heaviest first.
+
+    Raises:
+        NotImplementedError: a group size or dtype the kernel does not do.
+    """
+    _check(matrix.topology, matrix.dtype)
+    return triton.prepare(matrix)
+
+
+def forward(matrix, x, bias, *, activation, layout, precision, config=None):
+    """Computes activation(W x + bias) for W in the arrangement of `prepare`; see `matmul`, here 2-D.
+
+    Args:
+        matrix: prepared, or canonical with equal counts that are a multiple of 64.
+        x: (N, K) token-major or (K, N) feature-major, bfloat16 or float16; N a multiple of 8 and above 256.
+        bias: (M,) or None.
+        activation: see `matmul`.
+        layout: see `matmul`.
+        precision: ignored: products of two-byte numbers are exact in the float32 sums.
+        config: a `mosaic_gpu_forward.Config`; None takes the heuristic's.
+
+    Raises:
+        NotImplementedError: the matrix, the number of tokens, the GPU or the version of JAX is none the kernel does.
+    """
+    del precision
+    topology = matrix.topology
+    _check(topology, x.dtype)
+    if layout == "token_major":
+        x = x.T
+    n = x.shape[1]
+    if n < FEWEST_TOKENS or n % triton_tiles.VECTOR:
+        raise NotImplementedError(f"the Mosaic kernel needs more than 256 tokens, in multiples of 8, got {n}")
+    kernel = _kernel()
+    config = heuristic(topology.group_size) if config is None else config
+    used = config.shared_memory(topology.group_size)
+    if used > kernel.SHARED_MEMORY:
+        raise NotImplementedError(f"{config} takes {used} bytes of shared memory")
+    if not triton_tiles.is_aligned(topology, kernel.BLOCK_K):
+        raise NotImplementedError(f"the Mosaic kernel takes steps of {kernel.BLOCK_K} slots: `prepare` the matrix")
+    product = functools.partial(
+        kernel.product,
+        m=topology.m,
+        segments=topology.segments,
+        activation=activation,
+        config=config,
+        multiprocessors=_multiprocessors(),
+    )
+    args = (matrix.values, topology.columns, topology.rows, x) + (() if bias is None else (bias,))
+    # Slices of a batch run one after the other: each fills the GPU.
+    y = jax.custom_batching.sequential_vmap(
+        lambda values, columns, rows, x, bias=None: product(values, columns, rows, x, bias)
+    )(*args)
+    return y.T if layout == "token_major" else y
+
+
+def forward_two_four(matrix, x, bias, *, activation, layout, precision):
+    """Raises NotImplementedError: this backend has no kernel for 2:4."""
+    raise NotImplementedError("the Mosaic kernel does no 2:4")
+
+
+def heuristic(group_size: int):
+    """The config for a group size."""
+    kernel = _kernel()
+    if group_size == 256:
+        return kernel.Config(block_tokens=128, split="rows")
+    return kernel.Config(block_tokens=256, split="tokens")
+
+
+def _kernel() -> ModuleType:
+    """The kernel's module, imported when it is needed: other versions of JAX may lack what it imports."""
+    try:
+        return importlib.import_module("pallas_kernels.mosaic_gpu_forward")
+    except ImportError as error:
+        raise NotImplementedError(f"the Mosaic kernel needs another version of JAX: {error}") from error
+
+
+def _check(topology, dtype) -> None:
+    """Raises NotImplementedError for what the kernel cannot do, whatever the tokens and the GPU."""
+    triton_tiles.check(topology, dtype)
+    if topology.group_size not in GROUP_SIZES:
+        raise NotImplementedError(f"the Mosaic kernel needs groups of {GROUP_SIZES} rows, got {topology.group_size}")
+    if jnp.dtype(dtype).itemsize != 2:
+        raise NotImplementedError(f"the Mosaic kernel computes in bfloat16 and float16, got {jnp.dtype(dtype).name}")
+
+
+def _multiprocessors() -> int:
+    """How many multiprocessors the Hopper GPU has that is lowered for; NotImplementedError for another or none."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    if device is not None:
+        kind, count = device.device_kind, device.num_cores
+    else:
+        try:
+            gpu = jax.devices("cuda")[0]
+        except RuntimeError as error:
+            raise NotImplementedError("the Mosaic kernel needs a Hopper GPU") from error
+        kind, count = gpu.device_kind, gpu.core_count
+    if count is None or not any(name in kind for name in HOPPER):
+        raise NotImplementedError(f"the Mosaic kernel needs a Hopper GPU, got {kind}")
+    return count

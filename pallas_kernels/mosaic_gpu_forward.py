@@ -1,0 +1,294 @@
+"""The forward product as a Pallas-Mosaic kernel for Hopper: one producer warpgroup gathers, two consumers multiply.
+
+A program works on one tile after the other: the rows of a group times some tokens. A step of a tile takes `BLOCK_K`
+slots through a ring of stages in shared memory. docs/kernels.md draws the pipeline.
+"""
+
+import dataclasses
+import functools
+import heapq
+import math
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels import mosaic_gpu_ptx as ptx
+
+BLOCK_K = 64  # slots of a step: what one row of a swizzled tile holds along K
+SHARED_MEMORY = 227 * 1024 - 2048  # bytes for the stages and the ring of ids; barriers and alignment take the rest
+WARPGROUPS = 3
+TILE_COST = 2  # what a tile costs beside its steps, in steps; only weighs the tiles of a schedule against each other
+SQRT_2_PI = math.sqrt(2 / math.pi)
+# tanh is one instruction here; its error is below the rounding of a two-byte output.
+ACTIVATIONS = {
+    None: lambda y: y,
+    "relu": lambda y: jnp.maximum(y, 0.0),
+    "gelu": lambda y: 0.5 * y * (1 + jnp.tanh(y * (SQRT_2_PI + 0.044715 * SQRT_2_PI * y * y))),
+    "silu": lambda y: 0.5 * y * (1 + jnp.tanh(0.5 * y)),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """The shape of a program and how tiles are dealt to programs.
+
+    Attributes:
+        block_tokens: tokens of a tile.
+        stages: depth of the ring of operand tiles, in steps.
+        ahead: how many steps earlier than its operands a step's column ids are fetched.
+        split: what the two consumers divide a tile by, "rows" or "tokens". By rows both read all tokens, in the widest
+            instructions; by tokens both read all rows.
+        persistent: one program per multiprocessor, each with a list of tiles; else one program per tile.
+        band: token tiles that programs side by side share: the tiles of `band` token tiles are dealt out group by
+            group before the next band begins. Ragged groups are dealt heaviest first, whatever the band.
+        registers: of a thread of the consumers and of the producer; (2 a + b) <= 512 - 8 in multiples of 8.
+    """
+
+    block_tokens: int = 256
+    stages: int = 4
+    ahead: int = 4
+    split: Literal["rows", "tokens"] = "tokens"
+    persistent: bool = True
+    band: int = 1
+    registers: tuple[int, int] = (216, 72)
+
+    def shared_memory(self, group_size: int) -> int:
+        """Bytes of the stages and the ring of column ids."""
+        return self.stages * BLOCK_K * (group_size + self.block_tokens) * 2 + (self.stages + self.ahead) * BLOCK_K * 4
+
+
+@functools.lru_cache(maxsize=256)
+def schedule(segments: tuple[tuple[int, int], ...], token_tiles: int, programs: int, band: int) -> np.ndarray:
+    """Deals the tiles of a product out to programs.
+
+    Args:
+        segments: ((groups, slots), ...), the segment lengths in the order of the groups, multiples of `BLOCK_K`.
+        token_tiles: tiles along the tokens.
+        programs: how many programs there are, at most one per tile.
+        band: see `Config`.
+
+    Returns:
+        (programs, 1 + longest + 1, 4) int32. The first row of a program is (number of tiles, 0, 0, 0); a row for each
+        of its tiles follows, (first slot / `BLOCK_K`, steps, group, token tile), those without steps last, then zeros.
+    """
+    steps = np.repeat([slots // BLOCK_K for _, slots in segments], [groups for groups, _ in segments])
+    first = np.concatenate([[0], np.cumsum(steps)])
+    bands = [range(start, min(start + band, token_tiles)) for start in range(0, token_tiles, band)]
+    order = [(group, n) for tiles in bands for group in range(len(steps)) for n in tiles]
+    lists: list[list[tuple[int, int]]] = [[] for _ in range(programs)]
+    if (steps == steps[0]).all():
+        for i, tile in enumerate(order):
+            lists[i % programs].append(tile)
+    else:
+        # Longest first to whoever is free: within a third of the best, and far closer with many tiles.
+        load = [(0, program) for program in range(programs)]
+        for group, n in sorted(order, key=lambda tile: -steps[tile[0]]):
+            total, program = heapq.heappop(load)
+            lists[program].append((group, n))
+            heapq.heappush(load, (total + int(steps[group]) + TILE_COST, program))
+    table = np.zeros((programs, max(map(len, lists)) + 2, 4), np.int32)
+    for program, tiles in enumerate(lists):
+        table[program, 0, 0] = len(tiles)
+        for i, (group, n) in enumerate(tiles):
+            table[program, i + 1] = first[group], steps[group], group, n
+    table.setflags(write=False)
+    return table
+
+
+def product(values, columns, rows, x, bias, *, m, segments, activation, config: Config, multiprocessors: int):
+    """Computes activation(W x + bias), feature-major.
+
+    Args:
+        values: (P, V) bfloat16 or float16, V = 64, 128 or 256.
+        columns: (P,) int32 in 0..K-1.
+        rows: (R * V,) int32.
+        x: (K, N) of the values' dtype, N a multiple of 8.
+        bias: (M,) of the same dtype, or None.
+        m: M.
+        segments: as in `schedule`.
+        activation: see `matmul`.
+        config: a legal config.
+        multiprocessors: of the GPU.
+
+    Returns:
+        (M, N) of the values' dtype.
+    """
+    c, v, n = config, values.shape[1], x.shape[1]
+    groups, token_tiles = sum(count for count, _ in segments), pl.cdiv(n, c.block_tokens)
+    tiles = groups * token_tiles
+    programs = min(multiprocessors, tiles) if c.persistent else tiles
+    work = schedule(segments, token_tiles, programs, c.band)
+    body = functools.partial(
+        _body, config=c, v=v, m=m, n=n, width=work.shape[1], has_bias=bias is not None, activation=activation
+    )
+    tiled = _transforms()
+    ring = c.stages + c.ahead
+    call = plgpu.kernel(
+        body,
+        out_type=jax.ShapeDtypeStruct((m, n), x.dtype),
+        scratch_types=(
+            plgpu.SMEM((c.stages, BLOCK_K, v), x.dtype, transforms=tiled),
+            plgpu.SMEM((c.stages, BLOCK_K, c.block_tokens), x.dtype, transforms=tiled),
+            plgpu.SMEM((ring, BLOCK_K), jnp.int32),
+            plgpu.SMEM((2 * c.stages,), jnp.int32),  # the gather's own barriers, 8 bytes each
+            plgpu.Barrier(num_barriers=c.stages),
+            plgpu.Barrier(num_barriers=ring),
+            plgpu.Barrier(num_barriers=c.stages, num_arrivals=2),
+        ),
+        grid=(programs,),
+        grid_names=("program",),
+        num_threads=WARPGROUPS,
+        thread_name="warpgroup",
+        compiler_params=plgpu.CompilerParams(
+            approx_math=True,
+            unsafe_no_auto_barriers=True,
+            lowering_semantics=plgpu.LoweringSemantics.Lane,
+        ),
+    )
+    args = [values, columns, rows, jnp.asarray(work.reshape(-1)), x]
+    return call(*args, *([] if bias is None else [bias]))
+
+
+def _transforms():
+    """How operand tiles lie in shared memory: 8 rows of 128 bytes to a tile, swizzled."""
+    return (plgpu.TilingTransform((8, BLOCK_K)), plgpu.SwizzleTransform(128))
+
+
+def _inline(function, *arg_types, result=None):
+    return plgpu.inline_mgpu(arg_types=arg_types, return_type=result)(lambda context, *args: function(*args))
+
+
+def _body(values, columns, rows, work, x, *refs, config, v, m, n, width, has_bias, activation):
+    bias, refs = (refs[0], refs[1:]) if has_bias else (None, refs)
+    y, a_tiles, b_tiles, ids, gathered, a_full, ids_full, empty = refs
+    c = config
+    program, warpgroup = lax.axis_index("program"), lax.axis_index("warpgroup")
+    plain, splat = plgpu.RefType(), plgpu.Layout.WG_SPLAT
+    _inline(functools.partial(ptx.init_barriers, count=c.stages, arrivals=ptx.WARPGROUP), plain)(gathered)
+    row = program * (4 * width)
+    count = work[row]
+
+    def entry(i, field):
+        return work[row + 4 * (i + 1) + field]
+
+    @pl.when(warpgroup == 2)
+    def _produce():
+        plgpu.set_max_registers(c.registers[1], action="decrease")
+        _producer(values, columns, x, a_tiles, b_tiles, ids, gathered, a_full, ids_full, empty,
+                  entry=entry, count=count, config=c, n=n)  # fmt: skip
+
+    @pl.when(warpgroup < 2)
+    def _consume():
+        plgpu.set_max_registers(c.registers[0], action="increase")
+        height, wide = (v // 2, c.block_tokens) if c.split == "rows" else (v, c.block_tokens // 2)
+        rows_first, tokens_first = (height, 0) if c.split == "rows" else (0, wide)
+        row_layout = plgpu.Layout.WGMMA.reduce(1)
+        load_rows = functools.partial(ptx.stored_rows, count=height, layout=row_layout)
+        store = functools.partial(ptx.store_rows, m=m, tokens=n)
+        wait = _inline(functools.partial(ptx.wait, stages=c.stages), plain, splat)
+
+        def multiply(i, step):
+            steps, group, token_tile = entry(i, 1), entry(i, 2), entry(i, 3)
+            # Long before they are needed, so that the epilogue does not wait for them.
+            targets = _inline(
+                load_rows, plain, splat, result=plgpu.ShapeDtypeStruct((height,), jnp.int32, layout=row_layout)
+            )(rows, group * v + warpgroup * rows_first)
+
+            def accumulate(acc):
+                def one(k, _):
+                    now = step + k
+                    slot = lax.rem(now, c.stages)
+                    plgpu.barrier_wait(a_full.at[slot])
+                    wait(gathered, now)
+                    if c.split == "rows":
+                        a, b = a_tiles.at[slot, :, pl.ds(warpgroup * height, height)], b_tiles.at[slot]
+                    else:
+                        a, b = a_tiles.at[slot], b_tiles.at[slot, :, pl.ds(warpgroup * wide, wide)]
+                    plgpu.wgmma(acc, a.transpose((1, 0)), b)
+                    plgpu.wgmma_wait(1)  # all but the one just issued
+
+                    @pl.when(k > 0)
+                    def _release():
+                        plgpu.barrier_arrive(empty.at[lax.rem(now - 1, c.stages)])
+
+                lax.fori_loop(0, steps, one, None)
+                plgpu.wgmma_wait(0)
+
+                @pl.when(steps > 0)
+                def _release_last():
+                    plgpu.barrier_arrive(empty.at[lax.rem(step + steps - 1, c.stages)])
+
+                return acc[...]
+
+            out = pl.run_scoped(accumulate, plgpu.ACC((height, wide), jnp.float32))
+            if has_bias:
+                load_bias = functools.partial(ptx.row_bias, m=m, layout=row_layout)
+                offsets = _inline(
+                    load_bias, plain, row_layout,
+                    result=plgpu.ShapeDtypeStruct((height,), jnp.float32, layout=row_layout),
+                )(bias, targets)  # fmt: skip
+                out = out + lax.broadcast_in_dim(offsets, (height, wide), (0,))
+            out = ACTIVATIONS[activation](out).astype(x.dtype)
+            first_token = token_tile * c.block_tokens + warpgroup * tokens_first
+            _inline(store, plain, plgpu.Layout.WGMMA, row_layout, splat)(y, out, targets, first_token)
+            return step + steps
+
+        lax.fori_loop(0, count, multiply, jnp.int32(0))
+
+
+def _producer(values, columns, x, a_tiles, b_tiles, ids, gathered, a_full, ids_full, empty, *, entry, count, config, n):
+    c = config
+    ring = c.stages + c.ahead
+    plain, splat = plgpu.RefType(), plgpu.Layout.WG_SPLAT
+    gather = _inline(
+        functools.partial(
+            ptx.gather, tokens=n, block_k=BLOCK_K, block_tokens=c.block_tokens, first=2 * ptx.WARPGROUP
+        ),
+        plain, plain, plgpu.RefType(_transforms()), plain, splat, splat,
+    )  # fmt: skip
+
+    def fetch_ids(step, cursor):
+        """Fetches the ids of a step, `cursor` telling where they are: (tile, block of slots, steps left)."""
+        tile, block, left = cursor
+        place = lax.rem(step, ring)
+
+        @pl.when(left > 0)
+        def _copy():
+            plgpu.copy_gmem_to_smem(columns.at[pl.ds(block * BLOCK_K, BLOCK_K)], ids.at[place], ids_full.at[place])
+
+        # Behind the last tile a row of zeros ends it: no steps left, and never exactly one again.
+        return lax.cond(
+            left == 1,
+            lambda: (tile + 1, entry(tile + 1, 0), entry(tile + 1, 1)),
+            lambda: (tile, block + 1, left - 1),
+        )
+
+    def tile(i, carry):
+        block, steps, token_tile = entry(i, 0), entry(i, 1), entry(i, 3)
+
+        def one(k, carry):
+            step, cursor = carry
+            slot, place = lax.rem(step, c.stages), lax.rem(step, ring)
+
+            @pl.when(step >= c.stages)
+            def _wait_for_room():
+                plgpu.barrier_wait(empty.at[slot])
+
+            slots = pl.ds((block + k) * BLOCK_K, BLOCK_K)
+            plgpu.copy_gmem_to_smem(values.at[slots], a_tiles.at[slot], a_full.at[slot])
+            # The consumers are done with the step that used this place of the ring, so all threads have read it.
+            cursor = fetch_ids(step + c.ahead, cursor)
+            plgpu.barrier_wait(ids_full.at[place])
+            gather(x, ids.at[place], b_tiles.at[slot], gathered, token_tile, slot)
+            return step + 1, cursor
+
+        return lax.fori_loop(0, steps, one, carry)
+
+    cursor = jnp.int32(0), entry(0, 0), entry(0, 1)
+    cursor = lax.fori_loop(0, c.ahead, fetch_ids, cursor)
+    lax.fori_loop(0, count, tile, (jnp.int32(0), cursor))
