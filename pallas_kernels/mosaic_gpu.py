@@ -52,7 +52,7 @@ def forward(matrix, x, bias, *, activation, layout, precision, config=None):
     if n < FEWEST_TOKENS or n % triton_tiles.VECTOR:
         raise NotImplementedError(f"the Mosaic kernel needs more than 256 tokens, in multiples of 8, got {n}")
     kernel = _kernel()
-    config = heuristic(topology.group_size) if config is None else config
+    config = heuristic(topology.group_size, n) if config is None else config
     used = config.shared_memory(topology.group_size)
     if used > kernel.SHARED_MEMORY:
         raise NotImplementedError(f"{config} takes {used} bytes of shared memory")
@@ -79,12 +79,26 @@ def forward_two_four(matrix, x, bias, *, activation, layout, precision):
     raise NotImplementedError("the Mosaic kernel does no 2:4")
 
 
-def heuristic(group_size: int):
-    """The config for a group size."""
+def heuristic(group_size: int, tokens: int):
+    """The config for a group size and a number of tokens; measured, see docs/kernels.md."""
     kernel = _kernel()
     if group_size == 256:
-        return kernel.Config(block_tokens=128, split="rows")
-    return kernel.Config(block_tokens=256, split="tokens")
+        return kernel.Config(block_tokens=128, split="rows", band=4)
+    if group_size == 128:
+        return kernel.Config(block_tokens=256, split="rows", band=4)
+    if tokens % 512 == 0:
+        return kernel.Config(block_tokens=512, stages=3, split="tokens")
+    return kernel.Config(block_tokens=256, stages=5, split="tokens")
+
+
+def pays(matrix, x, layout) -> bool:
+    """Whether there is a tile for every multiprocessor; with fewer, Triton's smaller tiles keep more of them busy."""
+    try:
+        n = x.shape[0 if layout == "token_major" else 1]
+        tiles = matrix.topology.num_groups * -(-n // heuristic(matrix.topology.group_size, n).block_tokens)
+        return tiles >= _multiprocessors()
+    except NotImplementedError:
+        return False
 
 
 def _kernel() -> ModuleType:

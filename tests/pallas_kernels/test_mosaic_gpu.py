@@ -71,6 +71,14 @@ def test_by_name_gradients_and_vmap_lower_for_cuda():
     assert "mosaic_gpu" in lower(jax.vmap(lambda x: call(matrix, x)), jnp.stack([x, x]))
 
 
+@pytest.mark.parametrize(("m", "n", "taken"), [(2048, 4096, True), (2048, 512, False), (2048, 4100, False)])
+def test_the_default_takes_it_where_every_multiprocessor_has_a_tile(m, n, taken):
+    matrix = pk.prepare(tune.random_matrix(m, 64, 0.0, 128, equal=True, dtype="bfloat16"), "mosaic_gpu")
+    text = lower(functools.partial(pk.matmul, layout="feature_major"), matrix, jnp.zeros((64, n), jnp.bfloat16))
+    assert ("mosaic_gpu" in text) == taken
+    assert ("xla.gpu.triton" in text) != taken
+
+
 @pytest.mark.parametrize(("change", "n", "kind", "match"), [
     ({"group_size": 32}, 520, "NVIDIA H200", "groups of"),
     ({}, 523, "NVIDIA H200", "multiples of 8"),
