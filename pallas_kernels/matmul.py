@@ -15,8 +15,8 @@ Layout = Literal["token_major", "feature_major"]
 LAYOUTS = ("token_major", "feature_major")
 
 
-# A backend is a module with forward, grad_values, grad_input and prepare over 2-D activations. It may have `pays`, which
-# says whether its forward product is worth taking for a call that asks for none by name.
+# A backend is a module with forward, grad_values, grad_input and prepare over 2-D activations. It may have `pays`,
+# which says whether its forward product is worth taking for a call that asks for none by name.
 BACKENDS: dict[str, ModuleType] = {"mosaic_gpu": mosaic_gpu, "triton": triton, "xla": xla}
 # What `implementation=None` tries on each platform, fastest first; every other platform uses XLA.
 PREFERENCE: dict[str, tuple[str, ...]] = {"cuda": ("mosaic_gpu", "triton")}
