@@ -6,7 +6,8 @@ A document holds a block of this form, and `python -m benchmarks.documents` writ
     <!-- end table -->
 
 `file` lies under `benchmarks/results`; `where` keeps the records whose keys have these values (a list: one of them);
-`columns` maps headings to `str.format` templates over a record; `sort`, a list of keys, orders the rows.
+`columns` maps headings to `str.format` templates over a record; `sort`, a list of keys, orders the rows; `fastest_by`, a
+list of keys, keeps of the records that agree in them the one with the least time.
 """
 
 import argparse
@@ -36,6 +37,11 @@ def table(spec: Mapping[str, Any], results: Path = RESULTS) -> str:
     if not path.is_file():
         raise ValueError(f'{path} does not exist; run the benchmark that writes it, or correct the block\'s "file"')
     records = [r for r in json.loads(path.read_text())["records"] if _fits(r, spec.get("where", {}))]
+    if by := spec.get("fastest_by"):
+        fastest: dict[tuple, Mapping[str, Any]] = {}
+        for record in sorted(records, key=lambda r: r["time_us"]):
+            fastest.setdefault(tuple(record[key] for key in by), record)
+        records = list(fastest.values())
     if not records:
         raise ValueError(f"{path} has no record with {spec.get('where')}; run the benchmark or correct the block")
     records.sort(key=lambda r: [_order(r.get(key)) for key in spec.get("sort", ())])

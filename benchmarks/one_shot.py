@@ -126,7 +126,8 @@ def run(path: Path, settings: Settings, minutes: float, labels: Sequence[str], s
     """Measures the cases that the file lacks until the minutes are over, and writes the file after each."""
     deadline = time.monotonic() + 60 * minutes
     document = json.loads(path.read_text()) if path.exists() else {"records": []}
-    done = {_key(record) for record in document["records"]}
+    measured = [record for record in document["records"] if record["op"] == "one_shot"]
+    done = {_key(record) for record in measured}
     text_key = dataclasses.asdict(settings)
     wanted = [case for case in cases(labels, seeds) if _key(dataclasses.asdict(case) | text_key) not in done]
     if not wanted:
@@ -147,7 +148,8 @@ def run(path: Path, settings: Settings, minutes: float, labels: Sequence[str], s
                 "jax": jax.__version__,
                 "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
             }
-            document["records"].append(record)
+            measured.append(record)
+            document["records"] = [*measured, *summary(measured), *claims(measured)]
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(json.dumps(document, indent=1) + "\n")
             bar.advance(task)
@@ -162,31 +164,25 @@ def interval(values: Sequence[float]) -> tuple[float, float]:
     return mean, float(stats.t.ppf(0.975, len(values) - 1) * stats.sem(values))
 
 
-def table(document: dict[str, Any]) -> Table:
-    """Means and intervals of every pattern, sparsity and method."""
+def summary(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Means over the seeds with 95% intervals: a record of op "one_shot_mean" for a pattern, sparsity and method."""
     groups = collections.defaultdict(list)
-    for record in document["records"]:
+    for record in records:
         groups[record["sparsity"], record["label"], record["method"]].append(record)
-    columns = ("sparsity", "pattern", "method", "seeds", "cosine", "rank correlation", "output error")
-    shown = Table(*columns, title="One-shot pruning of all-MiniLM-L6-v2 (95% intervals)")
-
-    def spell(records: list[dict], name: str) -> str:
-        mean, half = interval([record[name] for record in records])
-        return f"{mean:.4f}" + ("" if np.isnan(half) else f" ± {half:.4f}")
-
-    for (sparsity, label, method), records in sorted(groups.items(), key=_order):
-        numbers = [spell(records, name) for name in ("cosine", "spearman", "output_error")]
-        shown.add_row(f"{sparsity:.0%}", label, method, str(len(records)), *numbers)
-    return shown
+    means = []
+    for (sparsity, label, method), group in sorted(groups.items(), key=_order):
+        mean = {"op": "one_shot_mean", "sparsity": sparsity, "label": label, "method": method, "seeds": len(group)}
+        for name in ("cosine", "spearman", "output_error"):
+            value, half = interval([record[name] for record in group])
+            mean |= {name: value, f"{name}_text": f"{value:.4f}" + ("" if np.isnan(half) else f" ± {half:.4f}")}
+        means.append(mean)
+    return means
 
 
-def claims(document: dict[str, Any]) -> Table:
-    """The claims, each a mean difference with its 95% interval, paired by seed."""
-    scores = {
-        (record["sparsity"], record["label"], record["method"], record["seed"]): record
-        for record in document["records"]
-    }
-    shown = Table("claim", "sparsity", "measure", "difference", "seeds", "holds", title="Claims")
+def claims(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The claims, each a mean difference with its 95% interval, paired by seed: records of op "one_shot_claim"."""
+    scores = {(r["sparsity"], r["label"], r["method"], r["seed"]): r for r in records}
+    found = []
 
     def add(claim: str, sparsity: float, better: tuple[str, str], worse: tuple[str, str]) -> None:
         for name in ("cosine", "spearman"):
@@ -198,9 +194,17 @@ def claims(document: dict[str, Any]) -> Table:
                     pairs.append(first[name] - second[name])
             if len(pairs) > 1:
                 mean, half = interval(pairs)
-                holds = "yes" if mean - half > 0 else "no" if mean + half < 0 else "undecided"
-                row = (claim, f"{sparsity:.0%}", name, f"{mean:+.4f} ± {half:.4f}", str(len(pairs)), holds)
-                shown.add_row(*row)
+                found.append(
+                    {
+                        "op": "one_shot_claim",
+                        "claim": claim,
+                        "sparsity": sparsity,
+                        "measure": name,
+                        "difference": f"{mean:+.4f} ± {half:.4f}",
+                        "seeds": len(pairs),
+                        "holds": "yes" if mean - half > 0 else "no" if mean + half < 0 else "undecided",
+                    }
+                )
 
     for sparsity in SPARSITIES:
         for label in PATTERNS:
@@ -211,7 +215,22 @@ def claims(document: dict[str, Any]) -> Table:
                 for method in ("repair", "wanda"):
                     claim = f"shfl_bw {v}{counts} beats {other} ({method})"
                     add(claim, 0.75, (f"shfl_bw {v}{counts}", method), (other, method))
-    return shown
+    return found
+
+
+def tables(document: dict[str, Any]) -> tuple[Table, Table]:
+    """The means and the claims of a results file, for the terminal."""
+    columns = ("sparsity", "pattern", "method", "seeds", "cosine", "rank correlation", "output error")
+    means = Table(*columns, title="One-shot pruning of all-MiniLM-L6-v2 (95% intervals)")
+    judged = Table("claim", "sparsity", "measure", "difference", "seeds", "holds", title="Claims")
+    for r in document["records"]:
+        if r["op"] == "one_shot_mean":
+            texts = (r[f"{name}_text"] for name in ("cosine", "spearman", "output_error"))
+            means.add_row(f"{r['sparsity']:.0%}", r["label"], r["method"], str(r["seeds"]), *texts)
+        elif r["op"] == "one_shot_claim":
+            names = ("measure", "difference", "seeds", "holds")
+            judged.add_row(r["claim"], f"{r['sparsity']:.0%}", *(str(r[name]) for name in names))
+    return means, judged
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -231,8 +250,7 @@ def main(argv: list[str] | None = None) -> int:
         document = json.loads(path.read_text())
     else:
         document = run(path, settings, options.minutes, options.patterns, options.seeds)
-    console = Console()
-    console.print(table(document), claims(document))
+    Console().print(*tables(document))
     return 0
 
 

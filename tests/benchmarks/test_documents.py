@@ -19,6 +19,14 @@ def test_table_selects_sorts_and_formats(results):
     assert documents.table(SPEC, results) == "| op | µs |\n| --- | --- |\n| a | 1.0 |\n| b | 2.2 |\n"
 
 
+def test_the_fastest_record_of_each_kind(results):
+    spec = SPEC | {"where": {}, "fastest_by": ["kind"], "columns": {"op": "{op}"}}
+    records = [{"op": "slow", "kind": 1, "t": 2}, {"op": "fast", "kind": 1, "t": 1}, {"op": "other", "kind": 2, "t": 3}]
+    records = [{**r, "time_us": r["t"]} for r in records]
+    (results / "cpu" / "x.json").write_text(json.dumps({"records": records}))
+    assert documents.table(spec, results).splitlines()[2:] == ["| fast |", "| other |"]
+
+
 def test_fill_replaces_only_the_block_and_is_idempotent(results):
     text = f"before\n<!-- table {json.dumps(SPEC)} -->\nold\n<!-- end table -->\nafter\n"
     filled = documents.fill(text, results)
