@@ -205,6 +205,8 @@ class _Tracer:
             new = [dim if size == extent else () for (size, dim), extent in zip(sized, shape, strict=True)]
             return dataclasses.replace(label, dims=tuple(new))
         if name in ("reshape", "squeeze", "expand_dims"):
+            if params.get("dimensions") and name == "reshape":  # a transposition before it
+                label = dataclasses.replace(label, dims=tuple(dims[i] for i in params["dimensions"]))
             regrouped = self.regroup(label, shape)
             return None if regrouped is None else dataclasses.replace(label, dims=tuple(regrouped))
         if name in ("slice", "dynamic_slice"):  # w[i] of stacked weights: one matrix of a batch

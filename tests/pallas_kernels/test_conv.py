@@ -152,14 +152,14 @@ def test_values_and_gradients(case, implementation):
     check(case, implementation, matrix, dense, np.random.default_rng(1))
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", ["triton"])
 def test_half_precision(implementation):
     case = Case((3, 3), activation="relu", image=(5, 4), m=20)
     matrix, dense = make(case, dtype=jnp.bfloat16)
     check(case, implementation, matrix, dense, np.random.default_rng(2), jnp.bfloat16, 2e-2)
 
 
-@pytest.mark.parametrize(("implementation", "padding"), [("xla", "SAME"), ("triton", "SAME"), ("triton", "VALID")])
+@pytest.mark.parametrize(("implementation", "padding"), [("xla", "SAME"), ("triton", "VALID")])
 def test_two_of_every_four_inside_the_groups(implementation, padding):
     case, rng = Case((3, 3), padding=padding, channels=3, m=20, image=(5, 6)), np.random.default_rng(3)
     rows = np.concatenate([rng.permutation(20), np.full(12, 20)]).astype(np.int32)
@@ -272,11 +272,10 @@ def lower(function, *args):
         return jax.jit(function).trace(*args).lower(lowering_platforms=("cuda",))
 
 
-@pytest.mark.parametrize("config", [
-    Config(64, 128, 32), Config(128, 64, 64, prefetch=True), Config(32, 128, 64, num_warps=8, flip=True),
-    Config(64, 64, 32, split=2, tokens_first=True),
+@pytest.mark.parametrize(("config", "equal"), [
+    (Config(64, 128, 32), True), (Config(128, 64, 64, prefetch=True), False),
+    (Config(32, 128, 64, num_warps=8, flip=True), True), (Config(64, 64, 32, split=2, tokens_first=True), False),
 ])  # fmt: skip
-@pytest.mark.parametrize("equal", [True, False])
 def test_configs_lower_for_cuda_and_compute_the_same(config, equal):
     matrix = tune.random_matrix(64, 72, 0.5, 64, equal=equal, dtype="float32")
     case = Case((3, 3), strides=2, channels=8, m=64, image=(9, 7), batch=4)
