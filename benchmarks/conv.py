@@ -2,8 +2,8 @@
 
 Writes `benchmarks/results/<device>/conv.json`: every distinct convolution of ResNet-50, our implementations against
 XLA's dense convolution in NHWC and NCHW, and PyTorch's in channels-last (`benchmarks.baselines`, in a subprocess). A
-case and its baselines are measured in one call, by CUPTI kernel time, with a cold L2, on random data. A case already in the
-file is skipped; the cases of the acceptance table come first; a call ends by itself after `--minutes`.
+case and its baselines are measured in one call, by CUPTI kernel time, with a cold L2, on random data. A case already
+in the file is skipped; the cases of the acceptance table come first; a call ends by itself after `--minutes`.
 
 Without a GPU, `--size tiny` runs the whole program on small images, timed by the clock: a check, not a measurement.
 """
