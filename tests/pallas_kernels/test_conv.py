@@ -36,6 +36,7 @@ class Case:
     counts: str = "ragged"
     prepared: bool = False
     activation: str | None = None
+    interpreted: bool = False  # whether the kernels run it too, slowly
 
     @property
     def name(self):
@@ -52,13 +53,13 @@ class Case:
 
 CASES = [
     Case((1, 1), prepared=True),
-    Case((1, 1), strides=2, image=(7, 8), batch=9),
+    Case((1, 1), strides=2, image=(7, 8), batch=9, interpreted=True),
     Case((3, 3), counts="equal", activation="relu"),
-    Case((3, 3), strides=2, image=(8, 6), prepared=True),
+    Case((3, 3), strides=2, image=(8, 6), prepared=True, interpreted=True),
     Case((3, 3), strides=2, dilation=2, padding="VALID", image=(9, 10), m=32),
     Case((5, 5), padding=((1, 3), (0, 2)), channels=3, m=20, v=32),
-    Case((7, 7), strides=2, image=(11, 9), channels=3, m=20, prepared=True),
-    Case((1, 3), strides=(2, 1), dilation=(1, 2), batch=1, m=16),
+    Case((7, 7), strides=2, image=(11, 9), channels=3, m=20, prepared=True, interpreted=True),
+    Case((1, 3), strides=(2, 1), dilation=(1, 2), batch=1, m=16, interpreted=True),
 ]
 
 
@@ -143,7 +144,7 @@ def check(case, implementation, matrix, dense, rng, dtype=jnp.float32, tolerance
 
 @pytest.mark.parametrize(
     ("case", "implementation"),
-    [(case, name) for case in CASES for name in IMPLEMENTATIONS if name == "xla" or not case.window.is_matmul],
+    [(case, name) for case in CASES for name in IMPLEMENTATIONS if name == "xla" or case.interpreted],
     ids=lambda value: getattr(value, "name", value),
 )
 def test_values_and_gradients(case, implementation):
@@ -277,7 +278,7 @@ def lower(function, *args):
     (Config(32, 128, 64, num_warps=8, flip=True), True), (Config(64, 64, 32, split=2, tokens_first=True), False),
 ])  # fmt: skip
 def test_configs_lower_for_cuda_and_compute_the_same(config, equal):
-    matrix = tune.random_matrix(64, 72, 0.5, 64, equal=equal, dtype="float32")
+    matrix = tune.random_matrix(64, 72, 0.75, 64, equal=equal, dtype="float32")
     case = Case((3, 3), strides=2, channels=8, m=64, image=(9, 7), batch=4)
     small = dataclasses.replace(config, block_tokens=32, block_k=16)
     for window in (case.window, dataclasses.replace(case.window, padding=((0, 0), (0, 0)))):
