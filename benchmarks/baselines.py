@@ -1,7 +1,8 @@
-"""PyTorch's products for `benchmarks.matmul`, in a subprocess: two libraries do not share a GPU's profiler or memory.
+"""PyTorch's products and convolutions, in a subprocess: two libraries do not share a GPU's profiler or memory.
 
-Reads cases as JSON lines {"m", "k", "n", "dtype", "sparsity", "backward"} from its input and writes a JSON line of
-records for each: cuBLAS, cuSPARSELt 2:4 (at 50%, best of its algorithms) and block-sparse rows, blocks 128 and 64 wide.
+Reads cases as JSON lines from its input and writes a JSON line of records for each. For {"m", "k", "n", "dtype",
+"sparsity", "backward"} of `benchmarks.matmul`: cuBLAS, cuSPARSELt 2:4 (at 50%, best of its algorithms) and block-sparse
+rows, blocks 128 and 64 wide. For {"layer", "batch", "dtype"} of `benchmarks.conv`: cuDNN in channels-last.
 Times are CUPTI kernel times in microseconds, medians, over operands rotated so that the L2 cache is cold.
 """
 
@@ -63,8 +64,25 @@ def two_of_four(weight: torch.Tensor) -> torch.Tensor:
     return (groups * kept).reshape(weight.shape)
 
 
+def measure_convolution(case: dict) -> list[dict]:
+    """The records of one convolution."""
+    dtype, layer = getattr(torch, case["dtype"]), case["layer"]
+    torch.backends.cudnn.benchmark = True
+    kernel = (layer["features"], layer["channels"], layer["kernel"], layer["kernel"])
+    image = (case["batch"], layer["channels"], layer["image"], layer["image"])
+    arguments = [
+        torch.randn(shape, device="cuda", dtype=dtype).to(memory_format=torch.channels_last)
+        for shape in (image, kernel)
+    ]
+    step = lambda x, w: torch.nn.functional.conv2d(x, w, stride=layer["stride"], padding=layer["kernel"] // 2)  # noqa: E731
+    time_us = kernel_time(step, rotate(*arguments))
+    return [{"implementation": "torch_cudnn", "pattern": "dense", "layout": "NHWC", "time_us": time_us}]
+
+
 def measure(case: dict) -> list[dict]:
     """The records of one case."""
+    if "layer" in case:
+        return measure_convolution(case)
     dtype = getattr(torch, case["dtype"])
     m, k, n = case["m"], case["k"], case["n"]
     weight, x = torch.randn(m, k, device="cuda", dtype=dtype), torch.randn(n, k, device="cuda", dtype=dtype)

@@ -6,8 +6,8 @@ A document holds a block of this form, and `python -m benchmarks.documents` writ
     <!-- end table -->
 
 `file` lies under `benchmarks/results`; `where` keeps the records whose keys have these values (a list: one of them);
-`columns` maps headings to `str.format` templates over a record; `sort`, a list of keys, orders the rows; `fastest_by`, a
-list of keys, keeps of the records that agree in them the one with the least time.
+`columns` maps headings to `str.format` templates over a record; `sort`, a list of keys, orders the rows; `fastest_by`,
+a list of keys, keeps of the records that agree in them the one with the least time.
 """
 
 import argparse

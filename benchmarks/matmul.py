@@ -120,7 +120,7 @@ class Torch:
             self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         self.known: dict[tuple, list[dict]] = {}
 
-    def measure(self, case: Case) -> list[dict]:
+    def measure(self, case: Any) -> list[dict]:
         """The records of a case's baselines, measured once a call for every shape and sparsity."""
         key = (case.shape_key, case.sparsity)
         if self.process is None or self.process.poll() is not None:

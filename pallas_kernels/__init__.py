@@ -1,5 +1,6 @@
 """Products with row-grouped matrices: arrays in, arrays out. Knows no patterns and no network library."""
 
+from pallas_kernels.conv import conv2d
 from pallas_kernels.cost import Prediction, predict
 from pallas_kernels.matmul import matmul, prepare
 from pallas_kernels.row_grouped import RowGrouped, Topology, from_dense, row_grouped, to_dense
@@ -9,6 +10,7 @@ __all__ = [
     "Prediction",
     "RowGrouped",
     "Topology",
+    "conv2d",
     "from_dense",
     "from_dense_two_four",
     "matmul",

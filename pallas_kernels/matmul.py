@@ -1,15 +1,19 @@
-"""The product of a row-grouped matrix and activations: validation, dispatch over the backends, derivatives."""
+"""The product of a row-grouped matrix and activations: validation, dispatch over the backends, derivatives.
+
+A convolution (`pallas_kernels.conv`) is the same operation with another gather, and takes the same way.
+"""
 
 import functools
 from types import ModuleType
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels import mosaic_gpu, triton, two_four, xla
+from pallas_kernels import mosaic_gpu, triton, triton_conv, two_four, xla, xla_conv
 from pallas_kernels.row_grouped import RowGrouped, Topology
+from pallas_kernels.windows import Window
 
 Layout = Literal["token_major", "feature_major"]
 LAYOUTS = ("token_major", "feature_major")
@@ -18,18 +22,32 @@ LAYOUTS = ("token_major", "feature_major")
 # A backend is a module with forward, grad_values, grad_input and prepare over 2-D activations. It may have `pays`,
 # which says whether its forward product is worth taking for a call that asks for none by name.
 BACKENDS: dict[str, ModuleType] = {"mosaic_gpu": mosaic_gpu, "triton": triton, "xla": xla}
+# The same for convolutions, over activations (C, H, W, B) and without prepare: it does not depend on the operation.
+CONV_BACKENDS: dict[str, ModuleType] = {"triton": triton_conv, "xla": xla_conv}
 # What `implementation=None` tries on each platform, fastest first; every other platform uses XLA.
 PREFERENCE: dict[str, tuple[str, ...]] = {"cuda": ("mosaic_gpu", "triton")}
 FALLBACK = ("xla",)
 
 
-class _Call(NamedTuple):
-    """The static half of a call."""
+class Call(NamedTuple):
+    """The static half of a call; with a window it is a convolution, whose output is (M, N) too."""
 
     activation: str | None
     layout: Layout
     implementation: str | None
     precision: lax.PrecisionLike
+    window: Window | None = None
+
+    @property
+    def backends(self) -> dict[str, ModuleType]:
+        """The implementations of this operation."""
+        return BACKENDS if self.window is None else CONV_BACKENDS
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What every function of a backend is told."""
+        geometry = {"layout": self.layout} if self.window is None else {"window": self.window}
+        return geometry | {"precision": self.precision}
 
 
 def matmul(
@@ -70,7 +88,7 @@ def matmul(
         tokens, flat = x.shape[1:], x.reshape(topology.k, -1)
     # Casting out here leaves the gradients' way back to the dtypes of the arguments to JAX.
     values, flat, bias = jax.tree.map(lambda a: a.astype(dtype), (matrix.values, flat, bias))
-    y = _matmul(_Call(activation, layout, implementation, precision), topology, values, flat, bias)
+    y = run(Call(activation, layout, implementation, precision), topology, values, flat, bias)
     return y.reshape(*tokens, topology.m) if layout == "token_major" else y.reshape(topology.m, *tokens)
 
 
@@ -93,13 +111,32 @@ def prepare(matrix: RowGrouped, implementation: str | None = None) -> RowGrouped
     if implementation is not None:
         return two_four.call(BACKENDS[implementation], "prepare", matrix)
     platform = jax.default_backend()  # JAX calls CUDA "gpu" here, and "cuda" where it lowers
-    return _first_able("cuda" if platform == "gpu" else platform, "prepare", matrix)
+    return _first_able(BACKENDS, "cuda" if platform == "gpu" else platform, "prepare", matrix)
 
 
 def _validate(matrix, x, bias, activation, layout, implementation) -> None:
     topology = matrix.topology
     if layout not in LAYOUTS:
         raise ValueError(f"layout must be one of {LAYOUTS}, got {layout!r}")
+    validate_operands(matrix, {"values": matrix.values, "x": x, "bias": bias}, activation, implementation)
+    axis, wanted = (-1, f"(*tokens, {topology.k})") if layout == "token_major" else (0, f"({topology.k}, *tokens)")
+    if x.ndim == 0 or x.shape[axis] != topology.k:
+        raise ValueError(
+            f"x must have shape {wanted} in {layout} layout for a matrix of shape {matrix.shape}, got {x.shape}"
+        )
+    if bias is not None and bias.shape != (topology.m,):
+        raise ValueError(f"bias must have shape ({topology.m},) for a matrix of shape {matrix.shape}, got {bias.shape}")
+
+
+def validate_operands(
+    matrix: RowGrouped, arrays: dict[str, jax.Array | None], activation: str | None, implementation: str | None
+) -> None:
+    """Checks what all operations share: the names, the values' shape, and that all arrays are floating.
+
+    Raises:
+        ValueError: one of them is wrong.
+    """
+    topology = matrix.topology
     if activation not in xla.ACTIVATIONS:
         raise ValueError(f"activation must be one of {tuple(xla.ACTIVATIONS)}, got {activation!r}")
     _check_implementation(implementation)
@@ -112,16 +149,9 @@ def _validate(matrix, x, bias, activation, layout, implementation) -> None:
             f"values must have shape {(topology.num_values, topology.group_size)} (values of a row, group size) "
             f"to fit their topology, got {matrix.values.shape}"
         )
-    for name, array in (("values", matrix.values), ("x", x), ("bias", bias)):
+    for name, array in arrays.items():
         if array is not None and not jnp.issubdtype(array.dtype, jnp.floating):
             raise ValueError(f"{name} must be floating, got {array.dtype}: cast it first")
-    axis, wanted = (-1, f"(*tokens, {topology.k})") if layout == "token_major" else (0, f"({topology.k}, *tokens)")
-    if x.ndim == 0 or x.shape[axis] != topology.k:
-        raise ValueError(
-            f"x must have shape {wanted} in {layout} layout for a matrix of shape {matrix.shape}, got {x.shape}"
-        )
-    if bias is not None and bias.shape != (topology.m,):
-        raise ValueError(f"bias must have shape ({topology.m},) for a matrix of shape {matrix.shape}, got {bias.shape}")
 
 
 def _check_implementation(implementation: str | None) -> None:
@@ -129,40 +159,43 @@ def _check_implementation(implementation: str | None) -> None:
         raise ValueError(f"implementation must be None or one of {tuple(BACKENDS)}, got {implementation!r}")
 
 
-def _first_able(platform: str, function: str, *args, **kwargs):
+def _first_able(backends: dict[str, ModuleType], platform: str, function: str, *args, **kwargs):
     """Calls `function` of the first implementation of the platform that does not raise NotImplementedError."""
     for name in PREFERENCE.get(platform, ()):
-        pays = getattr(BACKENDS[name], "pays", None)
-        if function == "forward" and pays is not None and not pays(*args[:2], kwargs["layout"]):
+        pays = getattr(backends.get(name), "pays", None)
+        if name not in backends or (function == "forward" and pays and not pays(*args[:2], kwargs["layout"])):
             continue
         try:
-            return two_four.call(BACKENDS[name], function, *args, **kwargs)
+            return two_four.call(backends[name], function, *args, **kwargs)
         except NotImplementedError:
             continue
-    return two_four.call(BACKENDS[FALLBACK[0]], function, *args, **kwargs)
+    return two_four.call(backends[FALLBACK[0]], function, *args, **kwargs)
 
 
-def _dispatch(function: str, call: _Call, *args, **kwargs) -> jax.Array:
+def _dispatch(function: str, call: Call, *args, **kwargs) -> jax.Array:
     """Runs one backend function. The platform is chosen when lowering, so that export from a CPU works."""
-    kwargs |= {"layout": call.layout, "precision": call.precision}
+    kwargs |= call.options
     if call.implementation is not None:
-        return two_four.call(BACKENDS[call.implementation], function, *args, **kwargs)
-    branches = {p: functools.partial(_first_able, p, function, **kwargs) for p in PREFERENCE}
-    return lax.platform_dependent(*args, default=functools.partial(_first_able, "", function, **kwargs), **branches)
+        if call.implementation not in call.backends:
+            raise NotImplementedError(f"{call.implementation} does no convolutions; use one of {tuple(call.backends)}")
+        return two_four.call(call.backends[call.implementation], function, *args, **kwargs)
+    first_able = functools.partial(_first_able, call.backends)
+    branches = {p: functools.partial(first_able, p, function, **kwargs) for p in PREFERENCE}
+    return lax.platform_dependent(*args, default=functools.partial(first_able, "", function, **kwargs), **branches)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _product(call: _Call, topology: Topology, values: jax.Array, x: jax.Array, bias: jax.Array | None) -> jax.Array:
+def _product(call: Call, topology: Topology, values: jax.Array, x: jax.Array, bias: jax.Array | None) -> jax.Array:
     return _dispatch("forward", call, RowGrouped(values, topology), x, bias, activation=call.activation)
 
 
-def _matmul_fwd(call: _Call, topology, values, x, bias):
+def _matmul_fwd(call: Call, topology, values, x, bias):
     y = _dispatch("forward", call, RowGrouped(values, topology), x, bias, activation=None)
     # With an activation its argument is the residual; without one nothing of the output is kept.
     return xla.ACTIVATIONS[call.activation](y), (topology, values, x, bias, None if call.activation is None else y)
 
 
-def _matmul_bwd(call: _Call, residuals, dy):
+def _matmul_bwd(call: Call, residuals, dy):
     topology, values, x, bias, pre = residuals
     if pre is not None:
         dy = jax.vjp(xla.ACTIVATIONS[call.activation], pre)[1](dy)[0]
@@ -176,4 +209,4 @@ def _matmul_bwd(call: _Call, residuals, dy):
 
 
 _product.defvjp(_matmul_fwd, _matmul_bwd)
-_matmul = jax.jit(_product, static_argnums=0)
+run = jax.jit(_product, static_argnums=0)

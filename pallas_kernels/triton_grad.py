@@ -78,7 +78,7 @@ def grad_input(matrix, dy, *, layout, precision, config=None):
         return jnp.zeros((0, topology.k) if layout == "token_major" else (topology.k, 0), dy.dtype)
     table = slot_table(topology)
     if n > FUSED_TOKENS:
-        weight = _decompress(matrix, table)
+        weight = decompress(matrix, table)
         axes = ((1,), (0,)) if layout == "token_major" else ((0,), (0,))
         operands = (dy, weight) if layout == "token_major" else (weight, dy)
         dx = lax.dot_general(*operands, (axes, ((), ())), precision=precision, preferred_element_type=jnp.float32)
@@ -197,7 +197,9 @@ def _grad_input_kernel(values_ref, table_ref, rows_ref, dy_ref, dx_ref, *, confi
     store_tile(dx_ref, inputs, tokens, acc.astype(dx_ref.dtype), live_inputs, live_tokens, *leading)
 
 
-def _decompress(matrix: RowGrouped, table) -> jax.Array:
+def decompress(matrix: RowGrouped, table: jax.Array | None = None) -> jax.Array:
+    """`to_dense` as a kernel: (M, K), from the table of slots if there is one already."""
+    table = slot_table(matrix.topology) if table is None else table
     topology, c = matrix.topology, DECOMPRESS
     m, k, v = topology.m, topology.k, topology.group_size
     kernel = functools.partial(_decompress_kernel, block=c.block_rows, v=v)

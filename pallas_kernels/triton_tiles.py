@@ -29,7 +29,7 @@ def check(topology: Topology, dtype) -> None:
         raise NotImplementedError("the Triton kernels need at least one slot")
 
 
-def problem(op: configs.Op, topology: Topology, x: jax.Array) -> configs.Problem:
+def problem(op: configs.Op, topology: Topology, x: jax.Array | jax.ShapeDtypeStruct) -> configs.Problem:
     """The key under which a product's config is looked up; x is feature-major."""
     dtype, segments = jnp.dtype(x.dtype).name, topology.segments
     equal = segments is not None and len(segments) == 1

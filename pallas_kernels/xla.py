@@ -40,6 +40,9 @@ LOOP_BYTES = 4 << 20
 LOOP_GATHER_BYTES = 1 << 20
 TOKENS_OF_LOOPS = 512
 
+Gather = Callable[[jax.Array, bool], jax.Array]
+"""Makes rows of a product's right side: (their indices, whether the sentinel K is among them) -> (*indices, N)."""
+
 
 @functools.partial(
     jax.tree_util.register_dataclass, data_fields=["values", "columns", "rows"], meta_fields=["sentinels"]
@@ -73,15 +76,20 @@ def forward(
 
 def _feature_major(matrix: RowGrouped, x: jax.Array, precision: lax.PrecisionLike) -> jax.Array:
     """W x, (K, N) to (M, N)."""
+    return gathered_product(matrix, functools.partial(_rows_of, x), x.shape[1], precision)
+
+
+def gathered_product(matrix: RowGrouped, gather: Gather, n: int, precision: lax.PrecisionLike) -> jax.Array:
+    """W X, (M, N), for an X (K, N) of the matrix's dtype that need not exist: `gather` makes the rows asked for."""
     topology = matrix.topology
-    loop = _is_large(topology, x)
+    token_bytes = matrix.dtype.itemsize * n
+    loop = _is_large(topology, n, token_bytes)
     spec = "gvc,gcn->gvn" if topology.k_contiguous else "gcv,gcn->gvn"
 
     def product(bucket):
-        y = _einsum(spec, bucket.values, _rows_of(x, bucket.columns, bucket.sentinels), precision)
+        y = _einsum(spec, bucket.values, gather(bucket.columns, bucket.sentinels), precision)
         return y.reshape(y.shape[0] * y.shape[1], y.shape[2])
 
-    token_bytes = x.dtype.itemsize * x.shape[1]
     stored = jnp.concatenate(_by_products(product, _buckets(matrix.values, topology), token_bytes, loop=loop))
     return _permute_rows(stored, row_positions(topology), loop=loop)
 
@@ -120,9 +128,8 @@ def _apart(function: Callable[..., jax.Array], topology: Topology, *arrays: jax.
     return lax.platform_dependent(holds, *arrays, cpu=branches, default=lambda _, *arrays: function(*arrays))
 
 
-def _is_large(topology: Topology, x: jax.Array) -> bool:
-    gathered = topology.num_slots * x.dtype.itemsize * x.shape[1]
-    return gathered > LOOP_BYTES and x.shape[1] >= TOKENS_OF_LOOPS
+def _is_large(topology: Topology, n: int, token_bytes: int) -> bool:
+    return topology.num_slots * token_bytes > LOOP_BYTES and n >= TOKENS_OF_LOOPS
 
 
 def _by_products(
@@ -180,16 +187,23 @@ def grad_values(
     token_major = layout == "token_major"
     if token_major:
         x, dy = _store(x.T), _store(dy.T)
+    return gathered_gradient(topology, functools.partial(_rows_of, x), dy.astype(x.dtype), precision, loop=token_major)
+
+
+def gathered_gradient(
+    topology: Topology, gather: Gather, dy: jax.Array, precision: lax.PrecisionLike, *, loop: bool = False
+) -> jax.Array:
+    """The gradient of the values of `gathered_product`; dy is (M, N), of the dtype that `gather` makes."""
     v, known = topology.group_size, topology.segments is not None
     spec = "gcn,gvn->gvc" if topology.k_contiguous else "gcn,gvn->gcv"
 
     def product(bucket):
-        gathered = _rows_of(x, bucket.columns, bucket.sentinels)
+        gathered = gather(bucket.columns, bucket.sentinels)
         gradient = _einsum(spec, gathered, _rows_of(dy, bucket.rows), precision)
         return gradient.reshape(-1, v) if known else gradient
 
-    token_bytes = x.dtype.itemsize * x.shape[1]
-    loop = token_major or _is_large(topology, x)
+    token_bytes = dy.dtype.itemsize * dy.shape[1]
+    loop = loop or _is_large(topology, dy.shape[1], token_bytes)
     gradient = jnp.concatenate(_by_products(product, _buckets(None, topology), token_bytes, loop=loop))
     group = slot_groups(topology)
     if not known:
@@ -197,7 +211,7 @@ def grad_values(
         gradient = gradient.at[group, offset].get(mode="fill", fill_value=0)
     live = topology.rows.reshape(-1, v).at[group].get(mode="fill", fill_value=topology.m) < topology.m
     live = live & slot_is_real(topology)[:, None]
-    return jnp.where(_arrange(live, topology), gradient, 0).astype(x.dtype)
+    return jnp.where(_arrange(live, topology), gradient, 0).astype(dy.dtype)
 
 
 def grad_input(matrix: RowGrouped, dy: jax.Array, *, layout: str, precision: lax.PrecisionLike) -> jax.Array:

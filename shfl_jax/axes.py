@@ -1,7 +1,7 @@
 """Which axes of a kernel contract, found by following it through the traced model.
 
 A shape cannot tell: `query` (64, 4, 16) contracts its first axis, `out` (4, 16, 64) its first two, a scanned Dense
-(3, 16, 16) its second. The trace can, for any module that ends in `dot_general`.
+(3, 16, 16) its second. The trace can, for any module that ends in `dot_general` or in a convolution.
 """
 
 import dataclasses
@@ -163,6 +163,8 @@ class _Tracer:
         name, params = eqn.primitive.name, eqn.params
         if name == "dot_general":
             return self.dot_general(eqn, operands)
+        if name == "conv_general_dilated":
+            return self.convolution(eqn, operands)
         if name == "scan":
             return self.scan(eqn, operands)
         if name == "while":
@@ -203,6 +205,8 @@ class _Tracer:
             new = [dim if size == extent else () for (size, dim), extent in zip(sized, shape, strict=True)]
             return dataclasses.replace(label, dims=tuple(new))
         if name in ("reshape", "squeeze", "expand_dims"):
+            if params.get("dimensions") and name == "reshape":  # a transposition before it
+                label = dataclasses.replace(label, dims=tuple(dims[i] for i in params["dimensions"]))
             regrouped = self.regroup(label, shape)
             return None if regrouped is None else dataclasses.replace(label, dims=tuple(regrouped))
         if name in ("slice", "dynamic_slice"):  # w[i] of stacked weights: one matrix of a batch
@@ -243,15 +247,38 @@ class _Tracer:
                 self.record(eqn, label, None, "multiplied with another kernel")
                 continue
             inner = {axis for i in contracted for axis in label.dims[i]}
-            outer = {axis for i in batched for axis in label.dims[i]} | {
-                axis for _, dim in label.peeled for axis in dim
-            }
-            rest = set(range(len(self.shapes[label.path]))) - inner - outer
+            outer = {axis for i in batched for axis in label.dims[i]}
             if inner:
-                self.record(eqn, label, Axes(tuple(sorted(outer)), tuple(sorted(inner)), tuple(sorted(rest))))
+                self.record(eqn, label, self.axes(label, inner, outer))
             else:
                 self.record(eqn, label, None, "multiplied without contracting one of its axes")
         return [None] * len(eqn.outvars)
+
+    def convolution(self, eqn: Any, operands: list[_Label | None]) -> Sequence[_Label | None]:
+        """A kernel contracts its spatial axes and its input channels."""
+        images, kernel = operands
+        if images is not None:
+            self.record(eqn, images, None, "convolved as if it were an image")
+        if kernel is not None:
+            out, *contracted = eqn.params["dimension_numbers"].rhs_spec
+            features, groups = list(kernel.dims[out]), eqn.params["feature_group_count"]
+            # vmap over kernels and images makes one group of each whole kernel: leading axes of the output channels.
+            outer = set()
+            while len(features) > 1 and groups % self.shapes[kernel.path][features[0]] == 0 and groups > 1:
+                outer.add(features.pop(0))
+                groups = eqn.params["feature_group_count"] // math.prod(self.shapes[kernel.path][a] for a in outer)
+            inner = {axis for i in contracted for axis in kernel.dims[i]}
+            if groups == 1 and eqn.params["batch_group_count"] == 1 and inner:
+                self.record(eqn, kernel, self.axes(kernel, inner, outer))
+            else:
+                self.record(eqn, kernel, None, "a convolution in groups of channels, which has no sparse kernel")
+        return [None] * len(eqn.outvars)
+
+    def axes(self, label: _Label, inner: set[int], outer: set[int]) -> Axes:
+        """Sorts a kernel's axes, those that loops have taken away among the batch axes."""
+        outer = outer | {axis for _, dim in label.peeled for axis in dim}
+        rest = set(range(len(self.shapes[label.path]))) - inner - outer
+        return Axes(tuple(sorted(outer)), tuple(sorted(inner)), tuple(sorted(rest)))
 
     def scan(self, eqn: Any, operands: list[_Label | None]) -> Sequence[_Label | None]:
         # A scanned operand has one dimension more outside than inside; versions of JAX name their counts differently.

@@ -13,7 +13,7 @@ from flax import linen as nn
 from pallas_kernels import RowGrouped
 from shfl_jax.axes import contraction_axes, split_arrays, tie_batch_axes
 from shfl_jax.compress import layers, matrices
-from shfl_jax.contraction import contract, moved_batch_axes
+from shfl_jax.contraction import check_convolution, contract, convolve, moved_batch_axes
 from shfl_jax.layers import LayerSpec
 from shfl_jax.paths import path_leaves, update_paths
 from shfl_jax.plan import Plan
@@ -62,9 +62,10 @@ def resolve(plan: Plan, model: nn.Module, *example_inputs: Any, **apply_kwargs: 
 def apply(model: nn.Module, variables: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
     """Runs a model with compressed kernels; like `model.apply`, and like it to be jitted by the caller.
 
-    Calls of `nn.Dense` and `nn.DenseGeneral` (attention's projections too) whose kernel is compressed become
-    row-grouped products; everything else, layers left dense included, runs as it is. `method=`, `rngs=`, `mutable=`,
-    `nn.scan`, `nn.vmap` and `nn.remat` work as ever. Differentiable with respect to `variables['params']`.
+    Calls of `nn.Dense`, `nn.DenseGeneral` (attention's projections too) and `nn.Conv` whose kernel is compressed become
+    row-grouped products and convolutions; everything else, layers left dense included, runs as it is. `method=`,
+    `rngs=`, `mutable=`, `nn.scan`, `nn.vmap` and `nn.remat` work as ever. Differentiable with respect to
+    `variables['params']`.
 
     Args:
         model: the unmodified module.
@@ -111,23 +112,38 @@ def _run_compressed(call: Callable[..., Any], args: Any, kwargs: Any, context: n
     kernel = kernel.unbox() if isinstance(kernel, nn.meta.AxisMetadata) else kernel
     if not isinstance(kernel, _Kernel):
         return call(*args, **kwargs)
-    spec = kernel.spec
-    if not (_is_call(context, nn.Dense) or _is_call(context, nn.DenseGeneral)):
+    spec, conv = kernel.spec, _is_conv(context)
+    if not (conv or _is_dense(context)):
         raise NotImplementedError(
-            f"{spec.path} {spec.shape}: a {type(module).__name__} cannot run with a compressed kernel, only nn.Dense "
-            "and nn.DenseGeneral can. Map it to None in the plan to keep it dense"
+            f"{spec.path} {spec.shape}: a {type(module).__name__} cannot run with a compressed kernel, only nn.Dense, "
+            "nn.DenseGeneral and nn.Conv can. Map it to None in the plan to keep it dense"
         )
-    if module.dot_general is not None or module.dot_general_cls is not None:
+    operation = "conv_general_dilated" if conv else "dot_general"
+    if getattr(module, operation) is not None or getattr(module, f"{operation}_cls") is not None:
         raise NotImplementedError(
-            f"{spec.path} {spec.shape}: a layer with its own dot_general cannot run with a compressed kernel. Map it "
+            f"{spec.path} {spec.shape}: a layer with its own {operation} cannot run with a compressed kernel. Map it "
             "to None in the plan to keep it dense"
         )
     bias = module.get_variable("params", "bias") if module.use_bias else None
     x, values, bias = module.promote_dtype(
         _input(*args, **kwargs), kernel.matrix.values, nn.meta.unbox(bias), dtype=module.dtype
     )
+    matrix = RowGrouped(values, kernel.matrix.topology)
+    if conv:
+        check_convolution(module, spec)
+        return convolve(
+            matrix,
+            x,
+            bias,
+            spec,
+            kernel_size=module.kernel_size,
+            strides=module.strides,
+            padding=module.padding,
+            dilation=module.kernel_dilation,
+            precision=module.precision,
+        )
     return contract(
-        RowGrouped(values, kernel.matrix.topology),
+        matrix,
         x,
         bias,
         spec,
@@ -143,10 +159,19 @@ def _tuple(axes: int | Sequence[int]) -> tuple[int, ...]:
 
 
 def _tie_batch_axes(call: Callable[..., Any], args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
-    if _is_call(context, nn.Dense) or _is_call(context, nn.DenseGeneral):
+    if _is_dense(context) or _is_conv(context):
         kernel = nn.meta.unbox(context.module.get_variable("params", "kernel"))
         return call(tie_batch_axes(jnp.asarray(_input(*args, **kwargs)), kernel))
     return call(*args, **kwargs)
+
+
+def _is_dense(context: nn.module.InterceptorContext) -> bool:
+    return _is_call(context, nn.Dense) or _is_call(context, nn.DenseGeneral)
+
+
+def _is_conv(context: nn.module.InterceptorContext) -> bool:
+    """Whether this is a call of a convolution; `nn.ConvLocal` has the same `__call__`."""
+    return _is_call(context, nn.Conv) and context.module.shared_weights
 
 
 def _is_call(context: nn.module.InterceptorContext, layer: type[nn.Module]) -> bool:

@@ -10,7 +10,7 @@ from jax.typing import DTypeLike
 from pallas_kernels import RowGrouped
 from shfl_jax.axes import contraction_axes, split_arrays, tie_batch_axes
 from shfl_jax.compress import compress, layers, matrices
-from shfl_jax.contraction import contract, moved_batch_axes
+from shfl_jax.contraction import check_convolution, contract, convolve, moved_batch_axes
 from shfl_jax.layers import LayerSpec
 from shfl_jax.masks import Masks
 from shfl_jax.paths import path_leaves, update_paths
@@ -44,6 +44,8 @@ def resolve(plan: Plan, model: nnx.Module, *example_inputs: Any, **call_kwargs: 
         for _, module in nnx.iter_graph(merged):
             if isinstance(module, nnx.Linear | nnx.LinearGeneral) and not getattr(module, "dot_general_cls", None):
                 module.dot_general = _tied(module.dot_general or jax.lax.dot_general)
+            elif isinstance(module, nnx.Conv):
+                module.conv_general_dilated = _tied(module.conv_general_dilated)
         args, kwargs = rebuild(arrays)
         return merged(*args, **kwargs)
 
@@ -62,7 +64,8 @@ def sparsify(
         dtype: as in `shfl_jax.compress`.
 
     Returns:
-        A new model in which every compressed `nnx.Linear` or `nnx.LinearGeneral` is a `SparseLinear`.
+        A new model in which every compressed `nnx.Linear` or `nnx.LinearGeneral` is a `SparseLinear`, and every
+        compressed `nnx.Conv` a `SparseConv`.
 
     Raises:
         ValueError: as `shfl_jax.compress`.
@@ -78,7 +81,8 @@ def sparsify(
     owners = {_spell(path): (path, node) for path, node in nnx.iter_graph(model) if isinstance(node, nnx.Module)}
     for path, matrix in compressed.items():
         keys, layer = owners[path.rpartition("/")[0]]
-        replacement = SparseLinear(layer, matrix, layers(sparse)[path].spec)
+        kind: Any = SparseConv if type(layer).__call__ is nnx.Conv.__call__ else SparseLinear
+        replacement = kind(layer, matrix, layers(sparse)[path].spec)
         if not keys:
             return replacement
         parent: Any = model
@@ -117,8 +121,8 @@ class SparseLinear(nnx.Module):
         if kind.__call__ not in (nnx.Linear.__call__, nnx.LinearGeneral.__call__) or own:
             raise NotImplementedError(
                 f"{spec.path} {spec.shape}: a {kind.__name__}{' with its own dot_general' if own else ''} cannot run "
-                "with a compressed kernel, only nnx.Linear and nnx.LinearGeneral can. Map it to None in the plan to "
-                "keep it dense"
+                "with a compressed kernel, only nnx.Linear, nnx.LinearGeneral and nnx.Conv can. Map it to None in the "
+                "plan to keep it dense"
             )
         matrix = moved_batch_axes(matrix, spec)
         self.kernel = nnx.Param(matrix.values)
@@ -156,6 +160,66 @@ class SparseLinear(nnx.Module):
         )
 
 
+class SparseConv(nnx.Module):
+    """An `nnx.Conv` with a compressed kernel; `sparsify` makes them.
+
+    Attributes:
+        kernel: `nnx.Param`, the values (P, V), with leading axes for stacked layers.
+        topology: `Topology`, a `pallas_kernels.Topology`.
+        bias: the layer's `nnx.Param`, or None.
+        spec: the layer's `LayerSpec`.
+    """
+
+    def __init__(self, layer: nnx.Conv, matrix: RowGrouped, spec: LayerSpec) -> None:
+        """Takes over a layer.
+
+        Raises:
+            NotImplementedError: the layer has its own conv_general_dilated, a mask, or a dilated input.
+        """
+        if layer.conv_general_dilated is not jax.lax.conv_general_dilated:
+            raise NotImplementedError(
+                f"{spec.path} {spec.shape}: a Conv with its own conv_general_dilated cannot run with a compressed "
+                "kernel. Map it to None in the plan to keep it dense"
+            )
+        check_convolution(layer, spec)
+        matrix = moved_batch_axes(matrix, spec)
+        self.kernel = nnx.Param(matrix.values)
+        self.topology = Topology(matrix.topology)
+        self.bias = layer.bias
+        self.spec = spec
+        self.kernel_size = layer.kernel_size
+        self.strides = layer.strides
+        self.padding = layer.padding
+        self.dilation = layer.kernel_dilation
+        self.dtype = layer.dtype
+        self.precision = layer.precision
+        self.promote_dtype = layer.promote_dtype
+        self.preferred_element_type = layer.preferred_element_type
+
+    def __call__(self, inputs: jax.Array, out_sharding: Any = None) -> jax.Array:
+        """Runs the layer.
+
+        Raises:
+            ValueError: the inputs do not fit.
+            NotImplementedError: three spatial axes, or an `out_sharding` or `preferred_element_type` is asked for.
+        """
+        if out_sharding is not None or self.preferred_element_type is not None:
+            raise NotImplementedError(f"{self.spec.path}: out_sharding and preferred_element_type need a dense kernel")
+        bias = None if self.bias is None else self.bias[...]
+        x, values, bias = self.promote_dtype((inputs, self.kernel[...], bias), dtype=self.dtype)
+        return convolve(
+            RowGrouped(values, self.topology.get_value()),
+            x,
+            bias,
+            self.spec,
+            kernel_size=self.kernel_size,
+            strides=self.strides,
+            padding=self.padding,
+            dilation=self.dilation,
+            precision=self.precision,
+        )
+
+
 def _check_untied(model: nnx.Module, kernels: list[str], shapes: dict[str, Any]) -> None:
     for group in nnx.find_duplicates(model):
         first, second = (_spell(path) for path in group[:2])
@@ -168,9 +232,9 @@ def _check_untied(model: nnx.Module, kernels: list[str], shapes: dict[str, Any])
                     )
 
 
-def _tied(dot_general: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
+def _tied(operation: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
     def wrapped(x: jax.Array, kernel: jax.Array, *args: Any, **kwargs: Any) -> jax.Array:
-        return dot_general(tie_batch_axes(x, kernel), kernel, *args, **kwargs)
+        return operation(tie_batch_axes(x, kernel), kernel, *args, **kwargs)
 
     return wrapped
 

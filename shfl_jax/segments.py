@@ -151,6 +151,11 @@ class _Cutter:
             closed = inner if hasattr(inner, "consts") else None
             body = inner.jaxpr if closed is not None else inner
             return self.evaluate(body, closed.consts if closed is not None else (), operands, marks)
+        if name == "conv_general_dilated":
+            raise NotImplementedError(
+                f"{spec.path} {spec.shape}: convolutions are not calibrated; prune them with `allocate` and `mask`, or "
+                f"during training. {_FIX}"
+            )
         if name == "dot_general":
             side = 1 if marks[1] is not None else 0
             operands = list(operands)

@@ -129,11 +129,11 @@ def test_two_kernels_that_meet_are_errors_of_both():
         axes_of(lambda p, x: x @ (p["w0"] + p["w1"]), (6, 5), (6, 5))
 
 
-def test_a_convolution_is_an_error_that_names_the_place():
+def test_a_convolution_in_groups_is_an_error_that_names_the_place():
     class Model(nn.Module):
         @nn.compact
         def __call__(self, x):
-            return nn.Conv(4, (3,), name="stem")(x)
+            return nn.Conv(4, (3,), feature_group_count=2, name="stem")(x)
 
-    with pytest.raises(ValueError, match=r"stem/kernel \(3, 2, 4\).*conv_general_dilated.*Model.*stem"):
+    with pytest.raises(ValueError, match=r"stem/kernel \(3, 1, 4\).*convolution in groups of channels.*Model.*stem"):
         linen.resolve(Plan({".*": VW(0.5)}), Model(), jnp.ones((1, 8, 2)))
