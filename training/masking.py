@@ -311,7 +311,7 @@ def layer_kernels(tree: Any, layers: tuple[LayerSpec, ...]) -> dict[str, jax.Arr
 def keep_all(spec: LayerSpec) -> Mask:
     """The mask that keeps everything, in the shapes that the pattern's own masks have."""
     (m, _), pattern = spec.matrix_shape, spec.pattern
-    shapes = jax.eval_shape(pattern.mask, jax.ShapeDtypeStruct(spec.matrix_shape, jnp.float32), 1)
+    shapes = _mask_shapes(pattern, spec.matrix_shape)
     rows = np.minimum(np.arange(shapes.rows.shape[-1], dtype=np.int32), m)
     rows = np.broadcast_to(rows, (*spec.batch_shape, *rows.shape))
     kept = jnp.ones((*spec.batch_shape, *shapes.kept.shape), bool)
@@ -320,6 +320,11 @@ def keep_all(spec: LayerSpec) -> Mask:
     order = np.minimum(np.arange(shapes.order.shape[-1], dtype=np.int32), spec.matrix_shape[1])
     order = jnp.broadcast_to(order, (*spec.batch_shape, *shapes.order.shape))
     return Mask(jnp.asarray(rows), kept, m, order, jnp.ones((*spec.batch_shape, *shapes.choice.shape), bool))
+
+
+@functools.lru_cache(maxsize=256)
+def _mask_shapes(pattern: Pattern, shape: tuple[int, int]) -> Mask:
+    return jax.eval_shape(pattern.mask, jax.ShapeDtypeStruct(shape, jnp.float32), 1)
 
 
 def elements(masks: Masks) -> dict[str, jax.Array]:
