@@ -52,12 +52,20 @@ def test_the_schedule_says_when_masks_follow_and_when_they_rest():
     tx = training.straight_through(optax.sgd(1.0), [spec], training.constant(1, 2))
     params = {"w": jax.random.normal(jax.random.key(0), (8, 8))}
     grads = {"w": jax.random.normal(jax.random.key(1), (8, 8))}
-    update, state, shown = jax.jit(tx.update), tx.init(params), []
+    state, shown, traces = tx.init(params), [], []
+
+    @jax.jit
+    def update(grads, state, params):
+        traces.append(state)
+        return tx.update(grads, state, params)
+
     shown.append(state.masks["w"].elements())
     for _ in range(3):
         updates, state = update(grads, state, params)
         params = optax.apply_updates(params, updates)
         shown.append(state.masks["w"].elements())
+        assert not training.sparse_params(params, state)["w"][~shown[-1]].any()
+    assert len(traces) == 1
     assert shown[0].all()
     assert abs(int(shown[1].sum()) - 16) <= 4
     assert (shown[1] != shown[2]).any()
