@@ -25,7 +25,8 @@ for name, tx in METHODS.items():
         @jax.jit
         def step(params, state, i):
             traces.append(name)
-            grads = jax.tree.map(lambda p: p + jax.random.normal(jax.random.fold_in(jax.random.key(1), i), p.shape), params)
+            noise = jax.random.normal(jax.random.fold_in(jax.random.key(1), i), start.shape)
+            grads = jax.tree.map(lambda p: p + noise, params)
             updates, state = tx.update(grads, state, params)
             return optax.apply_updates(params, updates), state
 
