@@ -20,7 +20,9 @@ from pallas_kernels.row_grouped import (
     Topology,
     row_positions,
     slot_groups,
+    slot_index,
     slot_is_real,
+    slot_values,
     stored_rows_dense,
 )
 
@@ -39,6 +41,8 @@ MAX_PRODUCTS = 64
 LOOP_BYTES = 4 << 20
 LOOP_GATHER_BYTES = 1 << 20
 TOKENS_OF_LOOPS = 512
+# Decompressed weights of one product, in bytes: a larger W is never whole in memory, not even in the derivative.
+DENSE_BYTES = 2 << 20
 
 Gather = Callable[[jax.Array, bool], jax.Array]
 """Makes rows of a product's right side: (their indices, whether the sentinel K is among them) -> (*indices, N)."""
@@ -217,14 +221,33 @@ def gathered_gradient(
 def grad_input(matrix: RowGrouped, dy: jax.Array, *, layout: str, precision: lax.PrecisionLike) -> jax.Array:
     """Computes W^T dy."""
     topology = matrix.topology
-    dense = stored_rows_dense(matrix)
-    live = topology.rows < topology.m
-    if topology.rows.shape[-1] > topology.m:  # what sentinel rows hold must not meet a product
-        dense = jnp.where(live, dense, 0)
-    if layout == "token_major":
-        stored = dy.at[:, topology.rows].get(mode="fill", fill_value=0)
-        return _einsum("ns,ks->nk", stored, dense, precision).astype(dy.dtype)
-    return _einsum("ks,sn->kn", dense, _rows_of(dy, topology.rows), precision).astype(dy.dtype)
+    groups, v, k = topology.num_groups, topology.group_size, topology.k
+
+    def product(dense, rows):
+        if topology.rows.shape[-1] > topology.m:  # what sentinel rows hold must not meet a product
+            dense = jnp.where(rows < topology.m, dense, 0)
+        if layout == "token_major":
+            stored = dy.at[:, rows].get(mode="fill", fill_value=0)
+            return _einsum("ns,ks->nk", stored, dense, precision)
+        return _einsum("ks,sn->kn", dense, _rows_of(dy, rows), precision)
+
+    parts = min(-(-k * groups * v * matrix.values.dtype.itemsize // DENSE_BYTES), groups)
+    if parts <= 1 or topology.num_slots == 0:
+        return product(stored_rows_dense(matrix), topology.rows).astype(dy.dtype)
+    step = -(-groups // parts)
+    missing = parts * step - groups
+    index = jnp.pad(slot_index(topology), ((0, 0), (0, missing)), constant_values=topology.num_slots)
+    rows = jnp.pad(topology.rows, (0, missing * v), constant_values=topology.m)
+    values = slot_values(matrix.values, topology)
+
+    def add(i, total):
+        here = lax.dynamic_slice_in_dim(index, i * step, step, 1)
+        dense = values.at[here].get(mode="fill", fill_value=0).reshape(k, step * v)
+        return total + product(dense, lax.dynamic_slice_in_dim(rows, i * step * v, step * v))
+
+    shape = (dy.shape[0], k) if layout == "token_major" else (k, dy.shape[1])
+    total = jnp.zeros(shape, jnp.promote_types(dy.dtype, jnp.float32))
+    return lax.fori_loop(0, parts, add, total).astype(dy.dtype)
 
 
 def prepare(matrix: RowGrouped) -> RowGrouped:

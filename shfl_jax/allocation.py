@@ -23,7 +23,7 @@ ALLOCATIONS = ("uniform", "global", "erk")
 def allocate(
     scores: Mapping[str, jax.Array],
     specs: "Mapping[str, LayerSpec]",
-    fraction: float | jax.Array = 1.0,
+    fraction: float | jax.Array | Mapping[str, Any] = 1.0,
     method: str | Mapping[str, float] = "uniform",
     min_share: float = 0.1,
 ) -> dict[str, Any]:
@@ -35,7 +35,8 @@ def allocate(
     Args:
         scores: path to (*batch, M, K) saliency scores of every layer to prune. Only "global" reads them.
         specs: path to the layer's `LayerSpec`, whose pattern holds the target sparsity.
-        fraction: scales every sparsity (a schedule's progress), in [0, 1]; may be traced.
+        fraction: scales every sparsity (a schedule's progress), in [0, 1]; may be traced. Path to fraction where layers
+            do not proceed alike, which "global" cannot rank.
         method: how sparsity is spread over layers:
             "uniform": every layer meets its own pattern's sparsity.
             "global": units are ranked over all layers by their scores per weight, slices of a stacked layer as layers
@@ -52,8 +53,8 @@ def allocate(
         named tuples of such). `mask` takes them as they are.
 
     Raises:
-        ValueError: the method is unknown, a layer has no spec, its scores have another shape, or a given sparsity is
-            missing or one that its pattern cannot have.
+        ValueError: the method is unknown, a layer has no spec, its scores have another shape, a given sparsity is
+            missing or one that its pattern cannot have, or "global" was given a fraction for each layer.
     """
     for path, layer in scores.items():
         if path not in specs:
@@ -66,6 +67,8 @@ def allocate(
             )
     layers = [specs[path] for path in scores]
     if method == "global":
+        if isinstance(fraction, Mapping):
+            raise ValueError("method='global' ranks layers against one another: give it one fraction for all of them")
         return _globally({path: jnp.asarray(layer) for path, layer in scores.items()}, layers, fraction, min_share)
     if method == "uniform":
         sparsities: Mapping[str, float] = {spec.path: spec.pattern.sparsity for spec in layers}
@@ -82,7 +85,8 @@ def allocate(
         raise ValueError(
             f"unknown allocation method {method!r}; use {', '.join(map(repr, ALLOCATIONS))} or path -> sparsity"
         )
-    return {s.path: s.pattern.count(s.matrix_shape, sparsities[s.path], fraction) for s in layers}
+    fractions = fraction if isinstance(fraction, Mapping) else dict.fromkeys(scores, fraction)
+    return {s.path: s.pattern.count(s.matrix_shape, sparsities[s.path], fractions[s.path]) for s in layers}
 
 
 def alike(specs: "Iterable[LayerSpec]") -> "list[list[LayerSpec]]":

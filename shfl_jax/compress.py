@@ -79,7 +79,7 @@ def compress(
             values[spec.path] = spec.from_matrix(jnp.where(mask.elements(), weight, 0))
             topology[spec.path] = LayerTopology(None, spec, reason, tokens)
         else:
-            matrix = _matrix(weight, mask)
+            matrix = compress_kernel(weight, mask)
             reason = _why_slower(matrix, tokens, jnp.dtype(dtype or matrix.dtype).name)
             if reason:
                 values[spec.path] = spec.from_matrix(jnp.where(mask.elements(), weight, 0))
@@ -214,7 +214,7 @@ def _checked_weight(kernel: Any, mask: Mask, spec: LayerSpec) -> Any:
     return weight
 
 
-def _matrix(weight: Any, mask: Mask) -> RowGrouped:
+def compress_kernel(weight: Any, mask: Mask) -> RowGrouped:
     """The compressed form of a kernel; packed where the mask keeps two of every four."""
     if mask.order is None or mask.choice is None:
         return _told_apart(pallas_kernels.from_dense(weight, mask.rows, mask.kept))

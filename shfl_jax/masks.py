@@ -50,12 +50,7 @@ class Mask:
         """Expands the mask: (..., M, K) bool, True where a weight is kept."""
         if self.choice is not None:
             return self.choice
-        if self.rows.ndim > 1:
-            return jax.vmap(Mask.elements)(self)
-        groups = jnp.zeros(self.m, jnp.int32)
-        slot_group = jnp.arange(self.rows.shape[-1], dtype=jnp.int32) // self.group_size
-        groups = groups.at[self.rows].set(slot_group, mode="drop")
-        return self.kept[groups]
+        return _elements(self)
 
     def density(self) -> jax.Array:
         """Fraction of kept weights of every slice: (...,) float32."""
@@ -64,6 +59,16 @@ class Mask:
         live = (self.rows.reshape(*self.kept.shape[:-1], self.group_size) < self.m).sum(-1)
         kept = (self.kept.sum(-1) * live.astype(jnp.float32)).sum(-1)
         return kept / (self.m * self.kept.shape[-1])
+
+
+@jax.jit
+def _elements(mask: Mask) -> jax.Array:
+    if mask.rows.ndim > 1:
+        return jax.vmap(_elements)(mask)
+    groups = jnp.zeros(mask.m, jnp.int32)
+    slot_group = jnp.arange(mask.rows.shape[-1], dtype=jnp.int32) // mask.group_size
+    groups = groups.at[mask.rows].set(slot_group, mode="drop")
+    return mask.kept[groups]
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["masks"], meta_fields=["specs"])

@@ -255,3 +255,12 @@ def test_sensitivity_with_curves_that_are_not_convex_and_losses_that_are_not_fin
     found = shfl_jax.Sensitivity((0.75, 0.95), {"a": np.array([9, 10]), "b": np.array([0, 1])}, 0.0).allocation(specs)
     assert found["a"] >= 0.5
     assert sum(found.values()) == pytest.approx(1.5, abs=0.02)
+
+
+def test_layers_may_proceed_on_their_own():
+    specs = {path: shfl_jax.LayerSpec(path, (8, 16), (), (1,), (0,), VW(0.75, 4)) for path in ("a", "b")}
+    scores = {path: jnp.ones((8, 16)) for path in specs}
+    counts = shfl_jax.allocate(scores, specs, {"a": 0.0, "b": 1.0})
+    assert {path: int(count) for path, count in counts.items()} == {"a": 32, "b": 8}
+    with pytest.raises(ValueError, match="give it one fraction"):
+        shfl_jax.allocate(scores, specs, {"a": 0.0, "b": 1.0}, "global")

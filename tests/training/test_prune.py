@@ -419,3 +419,74 @@ def test_extra_arguments_reach_the_inner_optimizer():
     tx = training.prune(inner, make_specs(VW(0.5, group_size=4)), training.one_shot(5))
     updates, _ = functools.partial(tx.update, factor=3.0)(params, tx.init(params), params)
     np.testing.assert_allclose(updates["free"]["kernel"], 3 * params["free"]["kernel"])
+
+
+def test_taylor_scores_are_averaged_in_the_state_and_choose_the_masks():
+    rng = np.random.default_rng(0)
+    spec = LayerSpec("w", (M, K), (), (1,), (0,), VW(0.5, group_size=4))
+    tx = training.prune(optax.sgd(0.0), [spec], training.one_shot(3), score="taylor", score_decay=0.5)
+    weight = rng.normal(size=(M, K)).astype(np.float32)
+    params, update, average = {"w": jnp.asarray(weight)}, jax.jit(tx.update), np.zeros((M, K))
+    state = tx.init(params)
+    for i in range(4):
+        grads = rng.normal(size=(M, K)).astype(np.float32)
+        if i == 1:  # such a step adds nothing
+            grads[0, 0] = np.nan
+        else:
+            average = 0.5 * average + 0.5 * (grads * weight) ** 2
+        _, state = update({"w": jnp.asarray(grads)}, state, params)
+        np.testing.assert_allclose(state.memory["w"], average, rtol=1e-5)
+    sums = average.reshape(M // 4, 4, K).sum(1)
+    np.testing.assert_array_equal(training.masks(state)["w"].kept, sums >= np.sort(sums.ravel())[-sums.size // 2])
+    with pytest.raises(ValueError, match="score must be one of 'magnitude', 'taylor', got 'wanda'"):
+        training.prune(optax.sgd(0.0), [spec], training.one_shot(0), score="wanda")
+    with pytest.raises(ValueError, match="score_decay"):
+        training.prune(optax.sgd(0.0), [spec], training.one_shot(0), score="taylor", score_decay=1.0)
+
+
+def test_partitions_that_take_turns_leave_the_others_alone():
+    params, schedule = make_params(), training.grow_and_prune(["a/.*", "stack/.*"], begin=1, turn=2)
+    tx = training.prune(optax.sgd(0.01), make_specs(VW(0.75, group_size=4)), schedule)
+    step, state, shown, grown = make_step(tx), tx.init(params), [], None
+    for i in range(7):
+        params, state = step(params, state, i)
+        shown.append(elements(training.masks(state)))
+        if i == 3:
+            grown = np.asarray(params["stack"]["kernel"])
+        assert_exact_zeros(params, training.masks(state))
+    densities = [(float(s["a/kernel"].mean()), float(s["stack/kernel"].mean())) for s in shown]
+    assert densities == [(1, 1), (1, 0.25), (1, 0.25), (0.25, 1), (0.25, 1), (0.25, 0.25), (0.25, 0.25)]
+    np.testing.assert_array_equal(shown[3]["a/kernel"], shown[6]["a/kernel"])
+    # Weights that come back start from zero and learn from that very step on.
+    back = ~shown[2]["stack/kernel"]
+    assert np.abs(grown[back]).max() <= 0.01 * 2 * 20
+    assert grown[back].any()
+    tx = training.prune(optax.sgd(0.01), make_specs(VW(0.75, 4)), schedule, "global")
+    with pytest.raises(ValueError, match="allocation='global' ranks layers against one another, but GrowAndPrune"):
+        tx.update(params, tx.init(params), params)
+
+
+def test_rows_are_searched_again_only_when_the_schedule_says():
+    # Rows that want each other's company change from step to step.
+    pattern = ShflBW(0.5 + 1 / 8, group_size=4, search="kmeans")
+    spec = LayerSpec("w", (8, 8), (), (1,), (0,), pattern)
+    schedule = training.linear(0, 4, 1, search_every=2)
+    tx = training.prune(optax.sgd(0.0), [spec], schedule)
+    update, state, rows = jax.jit(tx.update), None, []
+    noise = np.random.default_rng(0).uniform(1, 1.2, (8, 8))
+    for i in range(5):
+        first = np.array([[0, 1, 2, 3], [0, 2, 4, 6], [0, 1, 4, 5], [0, 3, 5, 6], [0, 1, 6, 7]][i])
+        friends = np.isin(np.arange(8), first)
+        weight = np.where(friends[:, None] == (np.arange(8) < 4)[None], 1.0, 0.01) * noise
+        params = {"w": jnp.asarray(weight, jnp.float32)}
+        state = tx.init(params) if state is None else state
+        _, state = update(params, state, params)
+        mask = training.masks(state)["w"]
+        groups = {frozenset(group) for group in np.asarray(mask.rows).reshape(2, 4).tolist()}
+        rows.append(groups)
+        # Step 1 follows a mask that keeps everything, so that its rows are free too.
+        if i < 2 or schedule.is_search(i):
+            assert frozenset(first.tolist()) in groups
+        else:
+            assert groups == rows[i - 1]
+    assert len({frozenset(groups) for groups in rows}) > 2
