@@ -16,6 +16,7 @@ from rich.table import Table
 
 import shfl_jax
 from pallas_kernels import timing
+from pallas_kernels.matmul import PREFERENCE
 from shfl_jax import Pattern
 from training.gpt import GPT
 
@@ -141,7 +142,9 @@ def results(
                 "op": "model",
                 "label": run.label,
                 "pattern": "dense" if run.pattern is None else run.pattern.name,
-                "implementation": "xla" if run.pattern is None or m is None else _implementation(),
+                "implementation": "xla"
+                if m is None or run.masks is None or len(m.dense) == len(run.masks)
+                else _implementation(),
                 "m": model.mlp,
                 "k": model.d_model,
                 "n": TIMED_BATCH * model.context,
@@ -194,5 +197,5 @@ def device() -> str:
 
 
 def _implementation() -> str:
-    """What `implementation=None` takes on the default device."""
-    return "triton" if jax.default_backend() == "gpu" else "xla"
+    """What `implementation=None` may take on the default device."""
+    return "+".join(PREFERENCE["cuda"]) if jax.default_backend() == "gpu" else "xla"
