@@ -52,7 +52,8 @@ def compress(
         masks: the masks to apply.
         tokens: the token counts N the model will run with. A layer predicted to run below `SLOWEST` of dense at one of
             them stays dense, where the default device has a table of measurements (`pallas_kernels.predict`).
-        dtype: what the layers compute in, for that prediction; None: the dtype of their kernels. Storage keeps theirs.
+        dtype: what the layers compute in, for that prediction; None: the dtype of their kernels. Of a dtype that was never
+            measured bfloat16's speed-up is assumed. Storage keeps its own dtype.
 
     Returns:
         {'params': the tree with values (*batch, P, V) in place of compressed kernels (*batch are the spec's batch axes;
@@ -93,16 +94,16 @@ def compress(
 def _why_slower(matrix: RowGrouped, tokens: tuple[int, ...], dtype: str) -> str:
     """Why a layer would not pay at the declared token counts on the default device, "" if it would or nobody knows."""
     device, topology = jax.devices()[0].device_kind, matrix.topology
+    problem = {
+        "slots": topology.num_slots,
+        "group_size": topology.group_size,
+        "equal": topology.equal_counts,
+        "device": device,
+    }
     for n in tokens:
-        prediction = pallas_kernels.predict(
-            *matrix.shape,
-            n,
-            slots=topology.num_slots,
-            group_size=topology.group_size,
-            dtype=dtype,
-            equal=topology.equal_counts,
-            device=device,
-        )
+        prediction = pallas_kernels.predict(*matrix.shape, n, dtype=dtype, **problem)
+        if prediction is None:  # the ratio of another dtype is a better guess than none
+            prediction = pallas_kernels.predict(*matrix.shape, n, dtype="bfloat16", **problem)
         if prediction is not None and prediction.speedup < SLOWEST:
             return f"predicted at {prediction.speedup:.2f} of dense speed for {n} tokens"
     return ""

@@ -142,9 +142,7 @@ def results(
                 "op": "model",
                 "label": run.label,
                 "pattern": "dense" if run.pattern is None else run.pattern.name,
-                "implementation": "xla"
-                if m is None or run.masks is None or len(m.dense) == len(run.masks)
-                else _implementation(),
+                "implementation": _implementation(run, m),
                 "m": model.mlp,
                 "k": model.d_model,
                 "n": TIMED_BATCH * model.context,
@@ -196,6 +194,8 @@ def device() -> str:
     return jax.devices()[0].device_kind.lower().replace(" ", "-")
 
 
-def _implementation() -> str:
-    """What `implementation=None` may take on the default device."""
+def _implementation(run: Run, measured: Measurement | None) -> str:
+    """What a model's products ran on, or may have run on where `matmul` chooses by shape."""
+    if measured is None or run.masks is None or len(measured.dense) == len(run.masks):
+        return "xla"
     return "+".join(PREFERENCE["cuda"]) if jax.default_backend() == "gpu" else "xla"
