@@ -52,8 +52,8 @@ def compress(
         masks: the masks to apply.
         tokens: the token counts N the model will run with. A layer predicted to run below `SLOWEST` of dense at one of
             them stays dense, where the default device has a table of measurements (`pallas_kernels.predict`).
-        dtype: what the layers compute in, for that prediction; None: the dtype of their kernels. Of a dtype that was never
-            measured bfloat16's speed-up is assumed. Storage keeps its own dtype.
+        dtype: what the layers compute in, for that prediction; None: the dtype of their kernels. For a dtype that was
+            never measured bfloat16's speed-up is assumed. Storage keeps its own dtype.
 
     Returns:
         {'params': the tree with values (*batch, P, V) in place of compressed kernels (*batch are the spec's batch axes;
