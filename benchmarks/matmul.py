@@ -346,7 +346,7 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=7.5)
     parser.add_argument("--suite", nargs="+", help="only these suites")
     parser.add_argument("--acceptance", action="store_true", help="only the cases of the acceptance table")
-    parser.add_argument("--again", action="store_true", help="measure cases of the acceptance table anew")
+    parser.add_argument("--again", action="store_true", help="measure the chosen cases of the acceptance table anew")
     parser.add_argument("--out", type=pathlib.Path)
     options = parser.parse_args()
     device = configs.device_name(jax.devices("cuda")[0].device_kind)
@@ -354,12 +354,14 @@ def main() -> None:
     todo = [case for case in todo if options.suite is None or case.suite in options.suite]
     out = options.out or RESULTS / device / "matmul.json"
     if options.again:
-        forget(out, ACCEPTANCE)
+        forget(out, [case for case in todo if case in ACCEPTANCE])
     run(todo, out, options.minutes)
 
 
 def forget(out: pathlib.Path, again: Sequence[Case]) -> None:
     """Drops the records of some cases from a results file, so that they are measured anew."""
+    if not out.exists():
+        return
     result, keys = json.loads(out.read_text()), {key_of(case) for case in again}
     result["records"] = [record for record in result["records"] if record["case"] not in keys]
     out.write_text(json.dumps(result, indent=1) + "\n")

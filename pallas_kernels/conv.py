@@ -40,6 +40,7 @@ def conv2d(
     The native layout is "CHWN", channels first and the batch innermost: a column then meets contiguous runs of the
     batch. Other layouts are transposed on the way in and out. A 1 x 1 convolution with stride 1 is `matmul`.
     Differentiable in `filters.values`, `x` and `bias`; `vmap` also maps over stacked filters. Accumulates in float32.
+    Second derivatives need `implementation="xla"`, as in `matmul`.
 
     Args:
         filters: (C_out, kh * kw * C), canonical or from `prepare`.

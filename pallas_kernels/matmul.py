@@ -63,6 +63,7 @@ def matmul(
     """Computes activation(W x + bias) for a row-grouped W.
 
     Differentiable in `matrix.values`, `x` and `bias`; `vmap` also maps over a stacked matrix. Accumulates in float32.
+    Second derivatives need `implementation="xla"`: Pallas kernels have none, not even where XLA would run.
 
     Args:
         matrix: W, (M, K), canonical or from `prepare`.

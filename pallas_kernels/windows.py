@@ -83,9 +83,9 @@ def window(
     kernel, steps, dilations = pairs.values()
     extent = [(size - 1) * d + 1 for size, d in zip(kernel, dilations, strict=True)]
     if isinstance(padding, str):
-        if padding not in PADDINGS:
+        if padding.upper() not in PADDINGS:  # `lax` takes lower case too, and so does a dense Flax layer
             raise ValueError(f"padding must be one of {PADDINGS} or ((top, bottom), (left, right)), got {padding!r}")
-        padding = lax.padtype_to_pads(image, extent, steps, padding)
+        padding = lax.padtype_to_pads(image, extent, steps, padding.upper())
     try:
         (top, bottom), (left, right) = padding
         pads = (int(top), int(bottom)), (int(left), int(right))

@@ -21,11 +21,11 @@ class ADMMMemory(NamedTuple):
     Attributes:
         sums: path -> W + U at the last update of the masks, float32 in the shape of the kernel. Z is this where the
             mask keeps a weight and zero elsewhere, the new U is the rest of it: one array holds both.
-        rho: float32 scalar, the weight of the penalty; 0 before the first update of the masks.
+        rho: path -> float32 scalar, the weight of the layer's penalty; 0 before the first update of its mask.
     """
 
     sums: dict[str, jax.Array]
-    rho: jax.Array
+    rho: dict[str, jax.Array]
 
 
 def admm(
@@ -77,7 +77,7 @@ def admm(
 
     def remember(target: Matrices, finite: dict[str, jax.Array], memory: ADMMMemory) -> ADMMMemory:
         sums = {path: jnp.where(finite[path], new, memory.sums[path]) for path, new in target.items()}
-        return ADMMMemory(sums, jnp.float32(rho))
+        return ADMMMemory(sums, {path: jnp.where(finite[path], jnp.float32(rho), memory.rho[path]) for path in target})
 
     def find(step: jax.Array, scores: Matrices, masks: Masks) -> dict[str, Any]:
         return search(step, scores, by_path, masks, schedule, allocation)
@@ -90,7 +90,7 @@ def admm(
         target=target,
         find=find,
         remember=remember,
-        memory=lambda params: ADMMMemory(float32_like(params, layers), jnp.float32(0)),
+        memory=lambda params: ADMMMemory(float32_like(params, layers), {path: jnp.float32(0) for path in by_path}),
     )
 
 
@@ -114,5 +114,5 @@ def admm_penalty(params: optax.Params, opt_state: Any) -> jax.Array:
                 raise ValueError(f"the parameters have no {path!r}; pass the tree that the optimizer was made for")
             # Z - U: the two are nowhere both other than zero.
             goal = jnp.where(keep, state.memory.sums[path], -state.memory.sums[path])
-            total += state.memory.rho / 2 * jnp.sum((leaves[path].astype(jnp.float32) - goal) ** 2)
+            total += state.memory.rho[path] / 2 * jnp.sum((leaves[path].astype(jnp.float32) - goal) ** 2)
     return total

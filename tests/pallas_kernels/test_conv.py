@@ -310,6 +310,12 @@ def test_the_default_on_cuda_is_triton_and_elsewhere_xla():
     assert "xla.gpu.triton" not in lower(run, odd, x).as_text()
 
 
+@pytest.mark.parametrize("name", windows.PADDINGS)
+def test_names_of_padding_in_lower_case_as_lax_takes_them(name):
+    size = (8, 9), 3, (3, 2), 2
+    assert windows.window(*size, name.lower(), 1) == windows.window(*size, name, 1)
+
+
 def test_errors():
     case = Case((3, 3))
     matrix, x = make(case)[0], images(case, np.random.default_rng(10))

@@ -78,6 +78,17 @@ def test_a_broken_layer_keeps_its_mask_z_and_u():
     assert int(after.skipped["w"]) == 1
 
 
+def test_a_layer_broken_at_its_first_update_is_not_pulled_to_zero():
+    params = {"w": jnp.full((6, 8), jnp.nan)}
+    tx = training.admm(optax.sgd(1.0), [SPEC], training.constant(0, 9), RHO)
+    state = tx.init(params)
+    assert int(state.skipped["w"]) == 1
+    healed = {"w": jnp.ones((6, 8))}
+    assert training.admm_penalty(healed, state) == 0
+    _, state = tx.update(jax.tree.map(jnp.zeros_like, healed), state, healed)
+    assert training.admm_penalty(healed, state) > 0
+
+
 def test_errors():
     params = {"w": jnp.ones((6, 8))}
     with pytest.raises(ValueError, match="rho must be positive"):
