@@ -27,7 +27,7 @@ lint: $(VENV)/.test
 	$(BIN)/pyrefly check --python-interpreter-path $(BIN)/python
 
 pytest: $(VENV)/.test
-	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -n 2 $(TESTS)
+	JAX_PLATFORMS=cpu JAX_DISABLE_MOST_OPTIMIZATIONS=1 $(BIN)/python -m pytest -n 2 $(TESTS)
 
 $(BIN)/python:
 	@test -n "$(PYTHON)" || { echo "no Python >= 3.11 on the PATH; name one: make PYTHON=/path/to/python3.12"; exit 1; }
