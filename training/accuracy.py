@@ -2,9 +2,9 @@
 
     python -m training.accuracy --minutes 9
 
-trains a dense model for each seed; every pattern then goes on from it, pruned gradually, while the dense model trains on
-for as many steps. It writes benchmarks/results/<device>/accuracy.json after every case, skips cases that are there, and
-can be stopped at any time. `--table` only prints what is there: means over the seeds, and whether the claims hold.
+trains a dense model for each seed; every pattern then goes on from it, pruned gradually, while the dense model trains
+on for as many steps. It writes benchmarks/results/<device>/accuracy.json after every case, skips cases that are there,
+and can be stopped at any time. `--table` only prints what is there: means over the seeds, and whether the claims hold.
 """
 
 import argparse

@@ -30,8 +30,8 @@ TASKS = 4
 def summary(records: Sequence[Record]) -> list[Record]:
     """Means over the seeds: a record of op "accuracy_mean" for every task, pattern and sparsity.
 
-    `value` is the mean of the task's measure and `difference` that of the paired differences to dense (see `gain`), with
-    the standard deviation over the seeds in the texts, and `differences` every seed's.
+    `value` is the mean of the task's measure and `difference` that of the paired differences to dense (see `gain`),
+    with the standard deviation over the seeds in the texts, and `differences` every seed's.
     """
     groups = collections.defaultdict(list)
     for record in records:

@@ -70,12 +70,11 @@ class Sweep:
 
     def start(self) -> Models:
         """Untrained models."""
+        return jax.jit(jax.vmap(self._init))(self.keys)
 
-        def init(key: jax.Array) -> Models:
-            params = self.task.model.init(key, *self.task.example)["params"]
-            return Models(params, self.optimizer.init(params))
-
-        return jax.jit(jax.vmap(init))(self.keys)
+    def _init(self, key: jax.Array) -> Models:
+        params = self.task.model.init(key, *self.task.example)["params"]
+        return Models(params, self.optimizer.init(params))
 
     def everything(self) -> dict[str, jax.Array]:
         """Masks that keep all weights, in the shapes of the kernels: path -> (S, ...) bool."""
@@ -128,10 +127,10 @@ class Sweep:
 
         Returns:
             (models, masks, sparsity, fraction) -> models, masks, weights kept. Masks are the pattern's, path -> mask;
-            sparsity and fraction (of it that is due) are float32 scalars. Weights that are pruned become zero, and so do
-            their moments. The models are given up (donated).
+            sparsity and fraction (of it that is due) are float32 scalars. Weights that are pruned become zero, and so
+            do their moments. The models are given up (donated).
         """
-        models = jax.eval_shape(self.start)
+        models = jax.eval_shape(jax.vmap(self._init), self.keys)
         scalar = jax.ShapeDtypeStruct((), jnp.float32)
         renewal = jax.jit(functools.partial(self._renew, pattern), donate_argnums=0)
         return renewal.lower(models, jax.eval_shape(lambda: self.whole(pattern)), scalar, scalar).compile()

@@ -10,7 +10,7 @@ from flax import linen as nn
 
 from training.tasks.task import Recipe, Task, classification, draw_examples, unfolded_convolution
 
-NOISE = 0.35
+NOISE = 0.25
 """Standard deviation of the noise on pixels in [0, 1], and of that which training adds to its images."""
 TEST = 600
 """Images kept for the test."""
@@ -98,7 +98,7 @@ def task(smoke: bool = False) -> Task:
         model=model,
         example=(jnp.zeros((1, 8, 8, 1)),),
         pruned=r"(conv_\d|dense)/.*",
-        recipe=Recipe(16, 8, 8, 4, 1e-3) if smoke else Recipe(64, 300, 240, 20, 1e-3),
+        recipe=Recipe(16, 8, 8, 4, 1e-3) if smoke else Recipe(32, 300, 200, 20, 1e-3),
         train=train,
         test={name: array[:200] for name, array in test.items()} if smoke else test,
         test_batch=200 if smoke else 1000,

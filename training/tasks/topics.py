@@ -7,8 +7,8 @@ import jax.numpy as jnp
 
 from training import text
 from training.gpt import GPT
-from training.losses import bits_per_token
 from training.loop import sample_windows
+from training.losses import bits_per_token
 from training.tasks.task import Recipe, Task
 
 

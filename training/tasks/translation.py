@@ -137,7 +137,7 @@ class Attention(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, y: jax.Array, mask: jax.Array) -> jax.Array:
-        """Queries of x (B, T, D), keys and values of y (B, S, D), mask broadcast to (B, heads, T, S) bool: (B, T, D)."""
+        """Queries of x (B, T, D), keys and values of y (B, S, D), mask as (B, heads, T, S) bool, to (B, T, D)."""
         d = x.shape[-1]
 
         def project(z: jax.Array, name: str) -> jax.Array:
@@ -227,7 +227,7 @@ class Translator(nn.Module):
         return self.encoder_norm(x)
 
     def decode(self, encoded: jax.Array, source: jax.Array, target: jax.Array, train: bool = False) -> jax.Array:
-        """Maps the encoder's output and target tokens (B, T) int32 to (B, T, target_size) float32 logits of the next."""
+        """Maps the encoder's output and target tokens (B, T) int32 to (B, T, target_size) float32 logits."""
         x = self.target(target) + self.target_position[: target.shape[1]].astype(self.dtype)
         causal = jnp.tril(jnp.ones((target.shape[1],) * 2, bool))[None, None]
         for layer in self.decoder:
