@@ -53,14 +53,26 @@ def test_every_task_trains_and_leaves_records(tmp_path, name, labels):
 
 
 def test_what_is_there_is_not_trained_again(tmp_path, monkeypatch):
+    asked = []
+
+    def train(task, wanted, seeds, deadline, progress):
+        for case in wanted:
+            asked.append((case.label, case.sparsity))
+            yield [r | {"seconds": 0.0} for r in records_of(task.name, case.label, [0.5] * seeds, case.sparsity)]
+
+    monkeypatch.setattr(accuracy, "_train_task", train)
     path = tmp_path / "accuracy.json"
     first = accuracy.run(path, ["topics"], minutes=5, seeds=1, smoke=True, labels=["dense"])
-    second = accuracy.run(path, ["topics"], minutes=5, seeds=1, smoke=True, labels=["dense", "EW"])
-    assert second["records"][0] == first["records"][0]
-    keys = [(r["label"], r["sparsity"], r["seed"]) for r in second["records"] if r["op"] == "accuracy"]
-    assert keys == [("dense", 0.0, 0), *(("EW", s, 0) for s in (0.75, 0.5, 0.875, 0.9))]
-    monkeypatch.setattr(accuracy, "TASKS", {})
-    assert accuracy.run(path, ["topics"], minutes=5, seeds=1, smoke=True, labels=["dense", "EW"]) == second
+    accuracy.run(path, ["topics"], minutes=5, seeds=1, smoke=True, labels=["dense", "EW"])
+    assert asked == [("dense", 0.0), *(("EW", s) for s in (0.75, 0.5, 0.875, 0.9))]
+    # Another seed asks for all cases again, and leaves what is there as it is.
+    third = accuracy.run(path, ["topics"], minutes=5, seeds=2, smoke=True, labels=["dense", "EW"])
+    assert len(asked) == 10
+    assert third["records"][0] == first["records"][0]
+    keys = [(r["label"], r["sparsity"], r["seed"]) for r in third["records"] if r["op"] == "accuracy"]
+    assert len(keys) == len(set(keys)) == 10
+    accuracy.run(path, ["topics"], minutes=5, seeds=2, smoke=True, labels=["dense", "EW"])
+    assert len(asked) == 10
     with pytest.raises(ValueError, match="smoke records"):
         accuracy.run(path, ["topics"], minutes=5, seeds=1)
 
@@ -87,7 +99,7 @@ def small(every=4):
 
 
 def test_a_sweep_does_what_the_transformation_does():
-    task, pattern = small(), shfl_jax.ShflBW(0.75, group_size=16)
+    task, pattern = small(), shfl_jax.VW(0.75, group_size=16)
     programs = sweep(task, (3,))
     models, renewal, masks = programs.start(), programs.compile_renewal(pattern), programs.whole(pattern)
     params = jax.tree.map(lambda a: jnp.array(a[0]), models.params)
@@ -111,7 +123,8 @@ def test_a_sweep_does_what_the_transformation_does():
         params, state = step(params, state, i)
     for path, mask in training.masks(state).items():
         np.testing.assert_array_equal(mask.elements(), masks[path].elements()[0])
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b[0], atol=1e-5), params, models.params)
+    # A bias of keys has no gradient but rounding errors, which Adam makes large.
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b[0], atol=5e-4), params, models.params)
 
 
 @pytest.mark.parametrize("sparsity", [0.5, 0.9])
@@ -161,22 +174,15 @@ def rows_of(images):
     return {image.tobytes() for image in images}
 
 
-def test_digits_are_kept_apart():
+def test_digits_are_kept_apart(monkeypatch):
     train, test = digits.data()
     assert len(test["label"]) == digits.TEST * digits.DRAWS
     assert len(train["label"]) + digits.TEST == 1797
     again = digits.data()
     np.testing.assert_array_equal(again[1]["image"], test["image"])
-    quiet, held = digits.data(), digits.NOISE
-    try:
-        digits.NOISE = 0
-        still = digits.data()[1]["image"]
-    finally:
-        digits.NOISE = held
-    shifted = {
-        np.roll(image, (i, j), (0, 1)).tobytes() for image in quiet[0]["image"] for i in (-1, 0, 1) for j in (-1, 0, 1)
-    }
-    assert not rows_of(still) & shifted
+    monkeypatch.setattr(digits, "NOISE", 0)
+    still, moves = digits.data()[1]["image"], [(i, j) for i in (-1, 0, 1) for j in (-1, 0, 1)]
+    assert not rows_of(still) & rows_of(np.roll(image, move, (0, 1)) for image in train["image"] for move in moves)
 
 
 def test_shapes_are_those_of_the_seed():

@@ -122,7 +122,7 @@ def _draw(u: np.ndarray, v: np.ndarray, outline: np.ndarray, texture: np.ndarray
 
 def task(smoke: bool = False) -> Task:
     """The task; `smoke` makes a tiny one of it, to try the program."""
-    model = ResNet(8, (16, 16)) if smoke else ResNet()
+    model = ResNet(8, (16,)) if smoke else ResNet()
     trained = model.clone(convolution=unfolded_convolution)
 
     def draw(data: Any, key: jax.Array, batch: int) -> dict[str, jax.Array]:
