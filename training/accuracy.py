@@ -105,7 +105,7 @@ def run(
         The results file's content.
 
     Raises:
-        ValueError: the file holds records of the other kind, of `smoke` or not.
+        ValueError: the file holds records of the other kind, of `smoke` or not, or by another recipe.
     """
     deadline = time.monotonic() + 60 * minutes
     document = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"records": []}
@@ -122,7 +122,11 @@ def run(
             missing = [c for c in wanted if any((c.label, c.sparsity, s) not in done for s in range(seeds))]
             if not missing or time.monotonic() > deadline:
                 continue
-            for found in _train_task(TASKS[name](smoke), missing, seeds, deadline, progress):
+            task = TASKS[name](smoke)
+            recipe = dataclasses.asdict(task.recipe)
+            if any(r.get("recipe", recipe) != recipe for r in records if r["task"] == name):
+                raise ValueError(f"{path} holds records of {name} by another recipe; name another file with --out")
+            for found in _train_task(task, missing, seeds, deadline, progress):
                 # All seeds are trained together, those that are there already too.
                 records += [r for r in found if (r["label"], r["sparsity"], r["seed"]) not in done]
                 for record in found:

@@ -29,7 +29,7 @@ def records_of(task, label, values, sparsity=0.75, higher=True):
 @pytest.mark.parametrize(
     ("name", "labels"),
     [
-        ("digits", ["dense", "VW 32", "BW 32"]),
+        ("digits", ["dense", "VW 32"]),
         ("topics", ["dense", "EW"]),
         ("translation", ["dense", "2:4"]),
         ("shapes", ["dense", "EW"]),
@@ -44,9 +44,8 @@ def test_every_task_trains_and_leaves_records(tmp_path, name, labels):
     for record in records:
         assert record["task"] == name
         assert np.isfinite(record[record["measure"]])
-        # Tiny layers have few units, and a pattern meets the sparsity to one unit.
         assert record["measured_sparsity"] == pytest.approx(record["sparsity"], abs=0.05)
-        if record["pattern"] in ("vw", "bw") and record["seed"] == 0:
+        if record["pattern"] == "vw" and record["seed"] == 0:
             assert record["compressed_accuracy"] == pytest.approx(record["accuracy"], abs=0.011)
     means = [r for r in document["records"] if r["op"] == "accuracy_mean"]
     assert {r["seeds"] for r in means} == {2}
@@ -75,6 +74,11 @@ def test_what_is_there_is_not_trained_again(tmp_path, monkeypatch):
     assert len(asked) == 10
     with pytest.raises(ValueError, match="smoke records"):
         accuracy.run(path, ["topics"], minutes=5, seeds=1)
+    document = json.loads(path.read_text())
+    document["records"][0]["recipe"] = {"batch": 1}
+    path.write_text(json.dumps(document))
+    with pytest.raises(ValueError, match="another recipe"):
+        accuracy.run(path, ["topics"], minutes=5, seeds=3, smoke=True, labels=["dense"])
 
 
 def test_no_case_begins_after_the_minutes(tmp_path):
@@ -123,22 +127,24 @@ def test_a_sweep_does_what_the_transformation_does():
         params, state = step(params, state, i)
     for path, mask in training.masks(state).items():
         np.testing.assert_array_equal(mask.elements(), masks[path].elements()[0])
-    # A bias of keys has no gradient but rounding errors, which Adam makes large.
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b[0], atol=5e-4), params, models.params)
+    found = shfl_jax.path_leaves(models.params)
+    for path, array in shfl_jax.path_leaves(params).items():
+        # A bias of keys has no gradient but rounding errors, of which Adam makes whole steps.
+        if not path.endswith("key/bias"):
+            np.testing.assert_allclose(array, found[path][0], atol=1e-3, err_msg=path)
 
 
-@pytest.mark.parametrize("sparsity", [0.5, 0.9])
-def test_one_program_of_masks_serves_every_sparsity(sparsity):
-    task = small()
-    programs = sweep(task, (0, 1))
+def test_one_program_of_masks_serves_every_sparsity():
+    programs = sweep(small(), (0, 1))
     renewal = programs.compile_renewal(shfl_jax.VW(0.75, group_size=8))
-    models, masks = programs.start(), programs.whole(shfl_jax.VW(sparsity, group_size=8))
-    for fraction in (0.5, 1):
-        models, masks, kept = renewal(models, masks, np.float32(sparsity), np.float32(fraction))
-        np.testing.assert_allclose(sparsities(masks, programs.specs), sparsity * fraction, atol=0.01)
-    kernels = shfl_jax.path_leaves(models.params)
-    for path, keep in kept.items():
-        assert not np.asarray(kernels[path])[~np.asarray(keep)].any()
+    for sparsity in (0.5, 0.9):
+        models, masks = programs.start(), programs.whole(shfl_jax.VW(sparsity, group_size=8))
+        for fraction in (0.5, 1):
+            models, masks, kept = renewal(models, masks, np.float32(sparsity), np.float32(fraction))
+            np.testing.assert_allclose(sparsities(masks, programs.specs), sparsity * fraction, atol=0.01)
+        kernels = shfl_jax.path_leaves(models.params)
+        for path, keep in kept.items():
+            assert not np.asarray(kernels[path])[~np.asarray(keep)].any()
 
 
 def test_a_test_set_of_a_wrong_size_is_an_error():

@@ -158,7 +158,11 @@ def unfolded_convolution(
             "with the convolution of `nn.Conv`"
         )
     height, width = kernel.shape[:2]
-    sides = jax.lax.padtype_to_pads(x.shape[1:3], (height, width), strides, padding) if padding else padding
+    sides = (
+        jax.lax.padtype_to_pads(x.shape[1:3], (height, width), strides, padding)
+        if isinstance(padding, str)
+        else padding
+    )
     (top, bottom), (left, right) = sides
     x = jnp.pad(x, ((0, 0), (top, bottom), (left, right), (0, 0)))
     rows, columns = ((x.shape[i + 1] - kernel.shape[i]) // strides[i] + 1 for i in range(2))
