@@ -61,7 +61,7 @@ def _patterns(axis: Any, records: list[dict[str, Any]]) -> None:
         axis.plot(means[label].mean(), place, "|", color=colour, markersize=14, markeredgewidth=2.2)
     if len(dense):
         axis.axvline(dense.mean(), color=COLOURS[0], linestyle=":", linewidth=1.2, label="dense, mean")
-        axis.legend(frameon=False, loc="lower right" if not records[0]["higher"] else "lower left")
+        axis.legend(frameon=False, loc="upper left" if records[0]["higher"] else "upper right")
     axis.set_yticks(range(len(order)), order)
     axis.set(title=f"{records[0]['task']}: every seed at 75%, bar: mean", xlabel=MEASURES[records[0]["measure"]])
     _tidy(axis)

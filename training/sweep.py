@@ -4,7 +4,8 @@ The seeds of a model are stacked along a leading axis and trained together. A tr
 the shapes of the kernels, so that one program trains every pattern, and the dense model too. The masks are updated
 between calls of it, by a program of their own for each pattern, to which the sparsity is an argument: it is not inside
 the mapped training step, where a `lax.cond` would run both of its branches at every step. What this does is what
-`training.prune` does, as a test shows, but for the first gradient after an update: here it is that of the pruned weights.
+`training.prune` does, as a test shows, but for the first gradient after an update: here it is taken at the pruned
+weights.
 """
 
 import dataclasses
@@ -223,7 +224,7 @@ def _masked(tree: Any, kept: dict[str, jax.Array]) -> Any:
 def _joined(parts: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
     """Scalars averaged over the batches, other arrays joined."""
     return {
-        name: np.mean([part[name] for part in parts])
+        name: np.asarray(np.mean([part[name] for part in parts]))
         if np.ndim(value) == 0
         else np.concatenate([p[name] for p in parts])
         for name, value in parts[0].items()

@@ -57,7 +57,7 @@ def data(seed: int = 0) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
         from sklearn.datasets import load_digits
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(f"{error}; pip install 'shfl-jax[accuracy]'", name=error.name) from error
-    pixels, labels = load_digits(return_X_y=True)
+    pixels, labels = map(np.asarray, load_digits(return_X_y=True))
     images = (pixels / 16).reshape(-1, 8, 8, 1).astype(np.float32)
     rng = np.random.default_rng(seed)
     order = rng.permutation(len(images))
