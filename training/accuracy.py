@@ -234,7 +234,9 @@ def _train_case(
                 **measured[i],
             }
         )
-    if task.compressed and pattern is not None and masks is not None and pattern.group_size > 1:
+    # Every compressed model compiles a program of its own: one sparsity is enough.
+    chosen = task.compressed and case.sparsity == MAIN
+    if chosen and pattern is not None and masks is not None and pattern.group_size > 1:
         found = programs.evaluate_compressed(models, masks, pattern)
         records[0] |= {f"compressed_{name}": value for name, value in found.items()}
     return records
