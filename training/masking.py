@@ -270,7 +270,7 @@ def search(
         ]
         stacked = jax.tree.map(lambda *parts: jnp.concatenate(parts), *stacks)
         batch = min(stacked[0].shape[0], max(1, BATCH_WEIGHTS // int(np.prod(shape))))
-        masks = _choose(pattern, *stacked, anew, batch=batch)
+        masks = choose_masks(pattern, *stacked, anew, batch=batch)
         first = 0
         for path in paths:
             batch_shape = specs[path].batch_shape
@@ -338,7 +338,7 @@ def flatten(tree: Any, batch_shape: tuple[int, ...]) -> Any:
 
 
 @functools.partial(jax.jit, static_argnames=("pattern", "batch"))
-def _choose(
+def choose_masks(
     pattern: Pattern, scores: jax.Array, previous: Mask, count: Any, target: Any, anew: jax.Array, *, batch: int
 ) -> Mask:
     """The new masks of a stack of matrices: scores (B, M, K), counts (B,), `batch` of them at a time."""
