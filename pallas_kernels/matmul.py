@@ -26,7 +26,9 @@ BACKENDS: dict[str, ModuleType] = {"mosaic_gpu": mosaic_gpu, "triton": triton, "
 CONV_BACKENDS: dict[str, ModuleType] = {"triton": triton_conv, "xla": xla_conv}
 # What `implementation=None` tries on each platform, fastest first; every other platform uses XLA.
 PREFERENCE: dict[str, tuple[str, ...]] = {"cuda": ("mosaic_gpu", "triton")}
-FALLBACK = ("xla",)
+# Triton's convolutions have not run on a GPU yet, so they are taken by name alone.
+CONV_PREFERENCE: dict[str, tuple[str, ...]] = {}
+FALLBACK = "xla"
 
 
 class Call(NamedTuple):
@@ -42,6 +44,11 @@ class Call(NamedTuple):
     def backends(self) -> dict[str, ModuleType]:
         """The implementations of this operation."""
         return BACKENDS if self.window is None else CONV_BACKENDS
+
+    @property
+    def preference(self) -> dict[str, tuple[str, ...]]:
+        """What `implementation=None` tries for this operation."""
+        return PREFERENCE if self.window is None else CONV_PREFERENCE
 
     @property
     def options(self) -> dict[str, Any]:
@@ -112,7 +119,8 @@ def prepare(matrix: RowGrouped, implementation: str | None = None) -> RowGrouped
     if implementation is not None:
         return two_four.call(BACKENDS[implementation], "prepare", matrix)
     platform = jax.default_backend()  # JAX calls CUDA "gpu" here, and "cuda" where it lowers
-    return _first_able(BACKENDS, "cuda" if platform == "gpu" else platform, "prepare", matrix)
+    names = PREFERENCE.get("cuda" if platform == "gpu" else platform, ())
+    return _first_able(BACKENDS, names, "prepare", matrix)
 
 
 def _validate(matrix, x, bias, activation, layout, implementation) -> None:
@@ -160,17 +168,17 @@ def _check_implementation(implementation: str | None) -> None:
         raise ValueError(f"implementation must be None or one of {tuple(BACKENDS)}, got {implementation!r}")
 
 
-def _first_able(backends: dict[str, ModuleType], platform: str, function: str, *args, **kwargs):
-    """Calls `function` of the first implementation of the platform that does not raise NotImplementedError."""
-    for name in PREFERENCE.get(platform, ()):
-        pays = getattr(backends.get(name), "pays", None)
-        if name not in backends or (function == "forward" and pays and not pays(*args[:2], kwargs["layout"])):
+def _first_able(backends: dict[str, ModuleType], names: tuple[str, ...], function: str, *args, **kwargs):
+    """Calls `function` of the first implementation named that does not raise NotImplementedError, else of XLA."""
+    for name in names:
+        pays = getattr(backends[name], "pays", None)
+        if function == "forward" and pays is not None and not pays(*args[:2], kwargs["layout"]):
             continue
         try:
             return two_four.call(backends[name], function, *args, **kwargs)
         except NotImplementedError:
             continue
-    return two_four.call(backends[FALLBACK[0]], function, *args, **kwargs)
+    return two_four.call(backends[FALLBACK], function, *args, **kwargs)
 
 
 def _dispatch(function: str, call: Call, *args, **kwargs) -> jax.Array:
@@ -181,8 +189,8 @@ def _dispatch(function: str, call: Call, *args, **kwargs) -> jax.Array:
             raise NotImplementedError(f"{call.implementation} does no convolutions; use one of {tuple(call.backends)}")
         return two_four.call(call.backends[call.implementation], function, *args, **kwargs)
     first_able = functools.partial(_first_able, call.backends)
-    branches = {p: functools.partial(first_able, p, function, **kwargs) for p in PREFERENCE}
-    return lax.platform_dependent(*args, default=functools.partial(first_able, "", function, **kwargs), **branches)
+    branches = {p: functools.partial(first_able, names, function, **kwargs) for p, names in call.preference.items()}
+    return lax.platform_dependent(*args, default=functools.partial(first_able, (), function, **kwargs), **branches)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

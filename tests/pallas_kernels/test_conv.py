@@ -298,16 +298,18 @@ def test_configs_lower_for_cuda_and_compute_the_same(config, equal):
             np.testing.assert_allclose(y, wanted, rtol=1e-4, atol=1e-4)
 
 
-def test_the_default_on_cuda_is_triton_and_elsewhere_xla():
+def test_triton_is_taken_by_name_alone_and_the_default_is_xla():
     case = Case((3, 3), m=32)
     matrix, x = make(case)[0], images(case, np.random.default_rng(9))
     run = functools.partial(pk.conv2d, **case.options)
-    assert "xla.gpu.triton" in lower(run, matrix, x).as_text()
+    assert "xla.gpu.triton" in lower(functools.partial(run, implementation="triton"), matrix, x).as_text()
+    assert "triton" not in lower(run, matrix, x).as_text()
     assert "triton" not in jax.jit(run).trace(matrix, x).lower(lowering_platforms=("cpu",)).as_text()
+    with pytest.raises(NotImplementedError, match="mosaic_gpu does no convolutions"):
+        run(matrix, x, implementation="mosaic_gpu")
     odd = make(dataclasses.replace(case, v=6))[0]
     with pytest.raises(NotImplementedError, match="groups of 16, 32, 64"):
         run(odd, x, implementation="triton")
-    assert "xla.gpu.triton" not in lower(run, odd, x).as_text()
 
 
 @pytest.mark.parametrize("name", windows.PADDINGS)

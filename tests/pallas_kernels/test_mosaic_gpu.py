@@ -8,14 +8,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental.mosaic.gpu import fragmented_array as layouts
 from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
 
 import pallas_kernels as pk
 from pallas_kernels import mosaic_gpu, tune
+from pallas_kernels import mosaic_gpu_forward as kernel
+from pallas_kernels import mosaic_gpu_ptx as ptx
 from pallas_kernels.row_grouped import to_dense
 
-kernel = pytest.importorskip("pallas_kernels.mosaic_gpu_forward", reason="this JAX's Mosaic GPU lacks something")
-ptx = pytest.importorskip("pallas_kernels.mosaic_gpu_ptx")
 Config = kernel.Config
 
 # Preparing for this backend is preparing for Triton, whose end Pallas announces at every lowering.
@@ -222,7 +223,6 @@ def test_store_puts_every_pair_where_its_row_says(monkeypatch, height, width, fi
 
 
 def test_registers_come_in_the_order_the_store_expects():
-    layouts = pytest.importorskip("jax.experimental.mosaic.gpu.fragmented_array")
     assert layouts.WGMMA_LAYOUT.registers_shape((128, 64)) == (2, 8, 1, 1, 2, 1, 1, 1, 1)
     assert layouts.WGMMA_ROW_LAYOUT.registers_shape((128,)) == (2, 1, 2, 1, 1)
 

@@ -1,5 +1,7 @@
 """Convolutional models: masked and compressed give the same, in Linen and in NNX."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -18,7 +20,7 @@ class Residual(nn.Module):
 
     @nn.compact
     def __call__(self, x, train=False):
-        norm = lambda: nn.BatchNorm(use_running_average=not train)  # noqa: E731
+        norm = functools.partial(nn.BatchNorm, use_running_average=not train)
         x = nn.relu(norm()(nn.Conv(6, (5, 5), strides=2, use_bias=False, name="stem")(x)))
         y = nn.relu(norm()(nn.Conv(9, (1, 1), use_bias=False, name="reduce")(x)))
         y = norm()(nn.Conv(10, (3, 3), strides=(2, 2), padding=2, kernel_dilation=2, name="spatial")(y))
