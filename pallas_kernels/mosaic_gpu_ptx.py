@@ -14,6 +14,7 @@ from jaxlib.mlir.dialects import arith, llvm, vector
 
 WARPGROUP = 128
 CHUNK = 16  # bytes that one asynchronous copy moves: eight two-byte tokens
+ROWS_APART = 16  # of the rows that one thread copies 16 of 128 bytes of
 TILE_ROWS, TILE_BYTES = 8, 128  # the unit of the swizzled layout: rows of 128 bytes, eight to a tile
 
 
@@ -84,6 +85,67 @@ def gather(x, ids, tile, barriers, token_tile, slot, *, tokens: int, block_k: in
             _emit(f"cp.async.cg.shared.global [$0], [$1], {CHUNK};", [arith.addi(target, offset), address])
     barrier = _barrier(barriers, slot.registers.item())
     _emit("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [$0];", [barrier])
+
+
+def copied_rows(ids, first, *, count: int, most: int, layout):
+    """Loads which rows this thread copies: the ids `first + row` for every 16th row of `count`, see `copy_rows`.
+
+    Args:
+        ids: int32 in global memory.
+        first: index of the tile's first id.
+        count: rows of the tile.
+        most: the last index there is; what lies behind it repeats its id.
+        layout: of the result, a register for each row.
+    """
+    i32 = ir.IntegerType.get_signless(32)
+    row, _ = _row_and_chunk()
+    found = []
+    for i in range(count // ROWS_APART):
+        index = arith.addi(arith.addi(first.registers.item(), row), _i32(ROWS_APART * i))
+        address = arith.addi(_global(ids), arith.muli(_wide(arith.minui(index, _i32(most))), _i64(4)))
+        found.append(_emit("ld.global.nc.b32 $0, [$1];", [address], i32))
+    return _row_array(found, count * WARPGROUP // ROWS_APART, layout, is_signed=True)
+
+
+def copy_rows(x, ids, tile, step, *, tokens: int) -> None:
+    """Starts copying 64 tokens of some rows, `step` times 64 tokens into them, to swizzled shared memory.
+
+    Eight neighbouring threads copy the 128 bytes of a row; a thread copies one chunk of every 16th row.
+
+    Args:
+        x: (rows, tokens) of two-byte numbers in global memory.
+        ids: from `copied_rows`.
+        tile: (rows of the tile, 64) in shared memory, tiled and swizzled.
+        step: which tokens.
+        tokens: N, a multiple of 64.
+    """
+    row, chunk = _row_and_chunk()
+    start = arith.addi(_mul(step.registers.item(), TILE_BYTES), _mul(chunk, CHUNK))
+    source = arith.addi(_global(x), _wide(start))
+    place = _mul(arith.xori(arith.remui(row, _i32(TILE_ROWS)), chunk), CHUNK)
+    target = arith.addi(_shared(tile), arith.addi(_mul(row, TILE_BYTES), place))
+    for i, column in enumerate(map(_scalar, ids.registers.flat)):
+        address = arith.addi(source, arith.muli(_wide(column), _i64(tokens * 2)))
+        to = arith.addi(target, _i32(ROWS_APART * TILE_BYTES * i))
+        _emit(f"cp.async.cg.shared.global [$0], [$1], {CHUNK};", [to, address])
+
+
+def arrive(barriers, slot) -> None:
+    """Lets the copies this thread has started arrive on the barrier of a slot when they are done."""
+    barrier = _barrier(barriers, slot.registers.item())
+    _emit("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [$0];", [barrier])
+
+
+def counted_rows(first, end, *, count: int, none: int, layout):
+    """The numbers of the rows of an accumulator, `first` and on, `none` for those from `end` on; see `stored_rows`."""
+    at = arith.addi(first.registers.item(), _row_of_thread())
+    found = []
+    for i in range(count // 8 // 8):
+        for half in range(2):
+            index = arith.addi(at, _i32(64 * i + 8 * half))
+            live = arith.cmpi(arith.CmpIPredicate.ult, index, end.registers.item())
+            found.append(arith.select(live, index, _i32(none)))
+    return _row_array(found, count, layout, is_signed=True)
 
 
 def stored_rows(rows, first, *, count: int, layout):
@@ -161,6 +223,13 @@ def _exchange(words, quad):
             words[i] = arith.select(upper, received, low)
             words[i + distance] = arith.select(upper, high, received)
     return words
+
+
+def _row_and_chunk():
+    """The first row this thread copies 16 bytes of, and which 16 of its 128 bytes; the same in every warpgroup."""
+    thread = arith.remui(_thread(), _i32(WARPGROUP))
+    chunks = _i32(TILE_BYTES // CHUNK)
+    return arith.divui(thread, chunks), arith.remui(thread, chunks)
 
 
 def _row_of_thread():
