@@ -271,12 +271,11 @@ def config_of(case: Case, matrix, implementation: str) -> dict | None:
     """The forward kernel's config for a case, as it is looked up."""
     if implementation == "xla":
         return None
-    if implementation == "mosaic_gpu":
-        return dataclasses.asdict(pallas_kernels.mosaic_gpu.heuristic(case.group_size, case.n))
     slots, segments = matrix.topology.num_slots, matrix.topology.segments
     equal = segments is not None and len(segments) == 1
     problem = configs.Problem("forward", case.m, case.k, case.n, slots, case.group_size, case.dtype, equal)
-    return dataclasses.asdict(configs.config(problem, jax.devices()[0].device_kind))
+    look_up = {"mosaic_gpu": pallas_kernels.mosaic_gpu.tuned, "triton": configs.config}[implementation]
+    return dataclasses.asdict(look_up(problem, jax.devices()[0].device_kind))
 
 
 def float64_product(case: Case, arguments: tuple) -> np.ndarray:

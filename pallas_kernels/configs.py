@@ -1,6 +1,7 @@
-"""How the GPU kernels tile their work: frozen configs, a heuristic, the space a tuner searches, and measured tables.
+"""How the GPU kernels tile their work: Triton's configs, a heuristic, the space a tuner searches, and measured tables.
 
-A table (`tables/<device>.json`) is written by `shfl-jax tune`. Looking a config up needs no GPU in the process.
+A table (`tables/<device>.json`) is written by `shfl-jax tune` and holds entries of every implementation; `mosaic_gpu`
+has configs of its own. Looking a config up needs no GPU in the process.
 """
 
 import dataclasses
@@ -8,7 +9,8 @@ import functools
 import json
 import math
 import pathlib
-from typing import Literal
+from collections.abc import Mapping
+from typing import Any, Literal
 
 Op = Literal["forward", "grad_values", "grad_input"]
 TABLES = pathlib.Path(__file__).parent / "tables"
@@ -87,8 +89,8 @@ def config(problem: Problem, device: str | None = None) -> Config:
         problem: the product.
         device: a device kind, as `jax.Device.device_kind`; None or one without a table uses the heuristic.
     """
-    found = nearest(problem, device)
-    return heuristic(problem) if found is None else found[0]
+    entry = nearest(problem, device)
+    return heuristic(problem) if entry is None else Config(**entry["config"])
 
 
 def heuristic(problem: Problem) -> Config:
@@ -181,23 +183,28 @@ def shared_memory(problem: Problem, config: Config) -> int:
     return step * stages * problem.itemsize
 
 
-def nearest(problem: Problem, device: str | None) -> tuple[Config, dict] | None:
-    """The measured entry of the device's table nearest to the problem: its config and the whole entry, or None."""
+def nearest(problem: Problem, device: str | None, implementation: str = "triton") -> dict[str, Any] | None:
+    """The entry of the device's table measured nearest to the problem for an implementation, or None."""
     best, best_distance = None, NEAR
-    for entry in entries(device) if device else ():
+    for entry in entries(device, implementation) if device else ():
         if any(entry[name] != getattr(problem, name) for name in ("op", "group_size", "dtype", "equal")):
             continue
-        pairs = ((entry[name], getattr(problem, name)) for name in ("m", "k", "n", "slots"))
-        distance = sum(abs(math.log(a / b)) for a, b in pairs)
+        apart = distance(problem, entry)
         # Decoding and prefill are different kernels in all but name.
-        if (entry["n"] <= 256) == (problem.n <= 256) and distance < best_distance:
-            best, best_distance = entry, distance
-    return None if best is None else (Config(**best["config"]), best)
+        if (entry["n"] <= 256) == (problem.n <= 256) and apart < best_distance:
+            best, best_distance = entry, apart
+    return best
 
 
-def entries(device: str) -> tuple[dict, ...]:
-    """All entries of a device's table; empty where there is none."""
-    return _table(device_name(device))
+def distance(problem: Problem, entry: Mapping[str, Any]) -> float:
+    """How far an entry's sizes are from a problem's: the sum of their log ratios."""
+    return sum(abs(math.log(entry[name] / getattr(problem, name))) for name in ("m", "k", "n", "slots"))
+
+
+def entries(device: str, implementation: str | None) -> tuple[dict[str, Any], ...]:
+    """All entries of a device's table for an implementation (None: for all of them); empty where there is none."""
+    found = _table(device_name(device))
+    return tuple(entry for entry in found if implementation in (None, entry["implementation"]))
 
 
 def device_name(device: str) -> str:
@@ -206,9 +213,10 @@ def device_name(device: str) -> str:
 
 
 @functools.cache
-def _table(device: str) -> tuple[dict, ...]:
+def _table(device: str) -> tuple[dict[str, Any], ...]:
     path = TABLES / f"{device}.json"
-    return tuple(json.loads(path.read_text())["entries"]) if path.exists() else ()
+    found = json.loads(path.read_text())["entries"] if path.exists() else []
+    return tuple({"implementation": "triton"} | entry for entry in found)  # which tables named only when there were two
 
 
 def _power_of_two(size: int) -> int:

@@ -1,14 +1,15 @@
 """Predicts how long a product takes on a device, sparse and dense, from the device's table of measurements.
 
-The nearest measured entry is scaled by a roofline: what the arithmetic, the memory traffic and the chain of dependent
-loads of the two problems would take. So the constants below matter only for the way from the entry to the problem.
+The sparse product is that of the implementation which dispatch takes. The nearest measured entry is scaled by a
+roofline: what the arithmetic, the memory traffic and the chain of dependent loads of the two problems would take. So
+the constants below matter only for the way from the entry to the problem.
 """
 
 import dataclasses
 import math
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
-from pallas_kernels import configs
+from pallas_kernels import configs, mosaic_gpu
 from pallas_kernels.configs import Problem
 
 FLOPS_PER_US = 7e8  # what a dense product reaches
@@ -53,12 +54,15 @@ def predict(
         The two times, or None where the device has no table or the table nothing of this group size and dtype.
     """
     problem = Problem("forward", m, k, n, slots, group_size, jnp_name(dtype), equal)
-    entry = _nearest(problem, device)
-    if entry is None:
+    found = _nearest(problem, device, "triton")
+    if mosaic_gpu.can(problem) and mosaic_gpu.is_faster(problem, device, PROGRAMS):
+        found = _nearest(problem, device, "mosaic_gpu") or found
+    if found is None:
         return None
-    measured = Problem(**{field.name: entry[field.name] for field in dataclasses.fields(Problem)})
-    sparse = entry["time_us"] * _sparse_roofline(problem) / _sparse_roofline(measured)
-    dense = entry["dense_time_us"] * _dense_roofline(problem) / _dense_roofline(measured)
+    # The device may have more entries of Triton, and dense is dense: the nearest of all is the best to start from.
+    of_dense = _nearest(problem, device, None) or found
+    sparse = found["time_us"] * _sparse_roofline(problem) / _sparse_roofline(_problem(found))
+    dense = of_dense["dense_time_us"] * _dense_roofline(problem) / _dense_roofline(_problem(of_dense))
     if layout == "token_major" and n > 1:
         moved = 2 * (m + k) * n * problem.itemsize
         sparse += LAUNCH_US + moved / TRANSPOSE_BYTES_PER_US
@@ -70,18 +74,20 @@ def jnp_name(dtype) -> str:
     return dtype if isinstance(dtype, str) else getattr(dtype, "name", None) or dtype.__name__
 
 
-def _nearest(problem: Problem, device: str | None) -> dict | None:
-    entries = configs.entries(device) if device else ()
-    same = ("op", "group_size", "dtype")
+def _nearest(problem: Problem, device: str | None, implementation: str | None) -> dict[str, Any] | None:
+    """The nearest entry of an implementation (None: of any), however far it is, with other counts if need be."""
     best, best_distance = None, math.inf
-    for entry in entries:
-        if any(entry[name] != getattr(problem, name) for name in same) or (entry["n"] <= 256) != (problem.n <= 256):
+    for entry in configs.entries(device, implementation) if device else ():
+        if any(entry[name] != getattr(problem, name) for name in ("op", "group_size", "dtype")):
             continue
-        pairs = ((entry[name], getattr(problem, name)) for name in ("m", "k", "n", "slots"))
-        distance = sum(abs(math.log(a / b)) for a, b in pairs) + (entry["equal"] != problem.equal)
-        if distance < best_distance:
-            best, best_distance = entry, distance
+        apart = configs.distance(problem, entry) + (entry["equal"] != problem.equal)
+        if (entry["n"] <= 256) == (problem.n <= 256) and apart < best_distance:
+            best, best_distance = entry, apart
     return best
+
+
+def _problem(entry: dict[str, Any]) -> Problem:
+    return Problem(**{field.name: entry[field.name] for field in dataclasses.fields(Problem)})
 
 
 def _sparse_roofline(p: Problem) -> float:

@@ -3,11 +3,12 @@
 import functools
 import importlib
 from types import ModuleType
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import triton, triton_tiles
+from pallas_kernels import configs, triton, triton_tiles
 
 GROUP_SIZES = (64, 128, 256)
 FEWEST_TOKENS = 257  # with fewer, most of a tile would be padding
@@ -38,7 +39,7 @@ def forward(matrix, x, bias, *, activation, layout, precision, config=None):
         activation: see `matmul`.
         layout: see `matmul`.
         precision: ignored: products of two-byte numbers are exact in the float32 sums.
-        config: a `mosaic_gpu_forward.Config`; None takes the heuristic's.
+        config: a `mosaic_gpu_forward.Config`; None takes the `tuned` one.
 
     Raises:
         NotImplementedError: the matrix, the number of tokens, the GPU or the version of JAX is none the kernel does.
@@ -52,7 +53,8 @@ def forward(matrix, x, bias, *, activation, layout, precision, config=None):
     if n < FEWEST_TOKENS or n % triton_tiles.VECTOR:
         raise NotImplementedError(f"the Mosaic kernel needs more than 256 tokens, in multiples of 8, got {n}")
     kernel = _kernel()
-    config = heuristic(topology.group_size, n) if config is None else config
+    if config is None:
+        config = tuned(triton_tiles.problem("forward", topology, x), triton_tiles.device_kind())
     used = config.shared_memory(topology.group_size)
     if used > kernel.SHARED_MEMORY:
         raise NotImplementedError(f"{config} takes {used} bytes of shared memory")
@@ -91,14 +93,67 @@ def heuristic(group_size: int, tokens: int):
     return kernel.Config(block_tokens=256, stages=5, split="tokens")
 
 
-def pays(matrix, x, layout) -> bool:
-    """Whether there is a tile for every multiprocessor; with fewer, Triton's smaller tiles keep more of them busy."""
+def tuned(problem: configs.Problem, device: str | None) -> Any:
+    """The config to use: the nearest measured one of the device, else the heuristic's."""
+    entry = configs.nearest(problem, device, "mosaic_gpu")
+    if entry is None:
+        return heuristic(problem.group_size, problem.n)
+    return _kernel().Config(**entry["config"] | {"registers": tuple(entry["config"]["registers"])})
+
+
+def can(problem: configs.Problem) -> bool:
+    """Whether this version of JAX has a kernel for a problem, on a Hopper GPU and with the matrix prepared."""
     try:
-        n = x.shape[0 if layout == "token_major" else 1]
-        tiles = matrix.topology.num_groups * -(-n // heuristic(matrix.topology.group_size, n).block_tokens)
-        return tiles >= _multiprocessors()
+        _kernel()
     except NotImplementedError:
         return False
+    whole = problem.n >= FEWEST_TOKENS and problem.n % triton_tiles.VECTOR == 0
+    return problem.op == "forward" and problem.group_size in GROUP_SIZES and problem.itemsize == 2 and whole
+
+
+def search_space(problem: configs.Problem) -> tuple[Any, ...]:
+    """The configs a tuner measures for a problem, the heuristic's first; none for what the kernel cannot do."""
+    if not can(problem):
+        return ()
+    kernel, v = _kernel(), problem.group_size
+    first = heuristic(v, problem.n)
+    shapes = {
+        64: [(512, 3, "tokens"), (256, 5, "tokens"), (128, 8, "rows")],
+        128: [(256, 4, "rows"), (128, 6, "rows")],
+        256: [(128, 4, "rows"), (64, 5, "rows")],
+    }[v]
+    found = [first] + [
+        kernel.Config(block_tokens=tokens, stages=stages, split=split, band=band, lead=lead)
+        for tokens, stages, split in shapes
+        for lead in (0, stages // 2)
+        for band in (1, 4)
+    ]
+    return tuple(c for c in dict.fromkeys(found) if c.shared_memory(v) <= kernel.SHARED_MEMORY)
+
+
+def pays(matrix, x, layout) -> bool:
+    """Whether this kernel is faster than Triton's for a product; see `is_faster`."""
+    n = x.shape[0 if layout == "token_major" else 1]
+    x = jax.ShapeDtypeStruct((matrix.topology.k, n), x.dtype)
+    try:
+        problem = triton_tiles.problem("forward", matrix.topology, x)
+        return is_faster(problem, triton_tiles.device_kind(), _multiprocessors())
+    except NotImplementedError:
+        return False
+
+
+def is_faster(problem: configs.Problem, device: str | None, multiprocessors: int) -> bool:
+    """Whether this kernel was faster than Triton's for the nearest problem that the device's table knows of both.
+
+    Elsewhere, whether there is a tile for every multiprocessor: with fewer, Triton's smaller tiles keep more of them
+    busy.
+    """
+    entry = configs.nearest(problem, device, "mosaic_gpu")
+    if entry is not None:
+        return entry["time_us"] < entry["triton_time_us"]
+    groups = -(-problem.m // problem.group_size)
+    tiles = groups * -(-problem.n // heuristic(problem.group_size, problem.n).block_tokens)
+    return tiles >= multiprocessors
 
 
 def _kernel() -> ModuleType:

@@ -163,8 +163,7 @@ def _transforms():
     return (plgpu.TilingTransform((8, BLOCK_K)), plgpu.SwizzleTransform(128))
 
 
-def inline(function, *arg_types, result=None):
-    """A function of `mosaic_gpu_ptx` as one of values inside the kernel."""
+def _inline(function, *arg_types, result=None):
     return plgpu.inline_mgpu(arg_types=arg_types, return_type=result)(lambda context, *args: function(*args))
 
 
@@ -174,7 +173,7 @@ def _body(values, columns, rows, work, x, *refs, config, v, m, n, width, has_bia
     c = config
     program, warpgroup = lax.axis_index("program"), lax.axis_index("warpgroup")
     plain, splat = plgpu.RefType(), plgpu.Layout.WG_SPLAT
-    inline(functools.partial(ptx.init_barriers, count=c.stages, arrivals=ptx.WARPGROUP), plain)(gathered)
+    _inline(functools.partial(ptx.init_barriers, count=c.stages, arrivals=ptx.WARPGROUP), plain)(gathered)
     row = program * (4 * width)
     count = work[row]
 
@@ -195,12 +194,12 @@ def _body(values, columns, rows, work, x, *refs, config, v, m, n, width, has_bia
         row_layout = plgpu.Layout.WGMMA.reduce(1)
         load_rows = functools.partial(ptx.stored_rows, count=height, layout=row_layout)
         store = functools.partial(ptx.store_rows, m=m, tokens=n)
-        wait = inline(functools.partial(ptx.wait, stages=c.stages), plain, splat)
+        wait = _inline(functools.partial(ptx.wait, stages=c.stages), plain, splat)
 
         def multiply(i, step):
             steps, group, token_tile = entry(i, 1), entry(i, 2), entry(i, 3)
             # Long before they are needed, so that the epilogue does not wait for them.
-            targets = inline(
+            targets = _inline(
                 load_rows, plain, splat, result=plgpu.ShapeDtypeStruct((height,), jnp.int32, layout=row_layout)
             )(rows, group * v + warpgroup * rows_first)
 
@@ -245,14 +244,14 @@ def _body(values, columns, rows, work, x, *refs, config, v, m, n, width, has_bia
             out = pl.run_scoped(accumulate, plgpu.ACC((height, wide), jnp.float32))
             if has_bias:
                 load_bias = functools.partial(ptx.row_bias, m=m, layout=row_layout)
-                offsets = inline(
+                offsets = _inline(
                     load_bias, plain, row_layout,
                     result=plgpu.ShapeDtypeStruct((height,), jnp.float32, layout=row_layout),
                 )(bias, targets)  # fmt: skip
                 out = out + lax.broadcast_in_dim(offsets, (height, wide), (0,))
             out = ACTIVATIONS[activation](out).astype(x.dtype)
             first_token = token_tile * c.block_tokens + warpgroup * tokens_first
-            inline(store, plain, plgpu.Layout.WGMMA, row_layout, splat)(y, out, targets, first_token)
+            _inline(store, plain, plgpu.Layout.WGMMA, row_layout, splat)(y, out, targets, first_token)
             return step + steps
 
         lax.fori_loop(0, count, multiply, jnp.int32(0))
@@ -262,7 +261,7 @@ def _producer(values, columns, x, a_tiles, b_tiles, ids, gathered, a_full, ids_f
     c = config
     ring = c.stages + c.ahead
     plain, splat = plgpu.RefType(), plgpu.Layout.WG_SPLAT
-    gather = inline(
+    gather = _inline(
         functools.partial(
             ptx.gather, tokens=n, block_k=BLOCK_K, block_tokens=c.block_tokens, first=2 * ptx.WARPGROUP
         ),

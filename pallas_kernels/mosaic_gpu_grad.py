@@ -14,7 +14,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import mosaic_gpu_ptx as ptx
-from pallas_kernels.mosaic_gpu_forward import WARPGROUPS, inline
+from pallas_kernels.mosaic_gpu_forward import WARPGROUPS
+from pallas_kernels.mosaic_gpu_forward import _inline as inline
 
 BLOCK_TOKENS = 64  # of a step: what one row of a swizzled tile holds
 

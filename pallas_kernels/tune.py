@@ -1,11 +1,14 @@
-"""Measures tile configs of the Triton kernels on this GPU and writes a table of the best.
+"""Measures tile configs of the Triton and the Mosaic kernels on this GPU and writes a table of the best.
 
-A problem already in the table is skipped, so a call that ran out of time is simply repeated. All configs of a call are
-compiled before the first is measured: CUPTI sees every kernel of the process, the compiler's own trials too.
+A problem already in the table is skipped, so a call that ran out of time is simply repeated. All configs of a batch are
+compiled before the first is measured: CUPTI sees every kernel of the process, the compiler's own trials too. JAX
+compiles the Mosaic kernels of a process one after the other, so several calls may share the work and the table
+(`--share`); a lock lets one at a time use the GPU.
 """
 
 import argparse
 import concurrent.futures
+import contextlib
 import dataclasses
 import datetime
 import functools
@@ -14,8 +17,9 @@ import json
 import os
 import pathlib
 import sys
+import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -23,14 +27,15 @@ import jax.numpy as jnp
 import numpy as np
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from pallas_kernels import configs, timing, triton
-from pallas_kernels.configs import Config, Problem
+from pallas_kernels import configs, mosaic_gpu, timing, triton
+from pallas_kernels.configs import Problem
 from pallas_kernels.row_grouped import RowGrouped, Topology
 from pallas_kernels.triton_grad import FUSED_TOKENS
 
 LAYERS = ((4096, 4096), (14336, 4096), (4096, 14336), (3072, 768), (768, 3072), (1024, 1024), (8192, 8192))
 TOKENS = (1, 8, 16, 32, 64, 128, 256, 1024, 4096)
 SPREAD = 0.42  # coefficient of variation of ragged counts, that of a one-threshold mask on a trained layer
+IMPLEMENTATIONS = {"triton": triton, "mosaic_gpu": mosaic_gpu}
 LARGEST_ERROR = 2e-2  # configs that disagree with the heuristic's result by more are not kept
 
 
@@ -65,10 +70,10 @@ def random_matrix(
     return RowGrouped(values.astype(dtype), topology)
 
 
-def product(op: configs.Op, config: Config | None) -> Callable:
-    """The kernel of an op as a function of (matrix, x, dy), feature-major."""
+def product(op: configs.Op, config: Any, implementation: str = "triton") -> Callable:
+    """The kernel of an op as a function of (matrix, x, dy), feature-major; None takes the config that is looked up."""
     if op == "forward":
-        return lambda matrix, x, dy: triton.forward(
+        return lambda matrix, x, dy: IMPLEMENTATIONS[implementation].forward(
             matrix, x, None, activation=None, layout="feature_major", precision=None, config=config
         )
     if op == "grad_values":
@@ -113,38 +118,43 @@ def problems(
     return found
 
 
-def tune(todo: Sequence[Problem], path: pathlib.Path, minutes: float, batch: int = 8) -> None:
+def tune(
+    todo: Sequence[Problem], implementations: Sequence[str], path: pathlib.Path, minutes: float, batch: int = 8
+) -> None:
     """Measures problems until the time is over and keeps the table on disk up to date.
 
     Args:
         todo: what to measure.
+        implementations: with what; those that cannot do a problem are left out.
         path: the table.
         minutes: no problem is begun after so many.
         batch: problems compiled together.
     """
     started = time.monotonic()
-    table = {"device": configs.device_name(triton_device()), "jax": jax.__version__, "entries": []}
-    if path.exists():
-        table["entries"] = json.loads(path.read_text())["entries"]
-    done = {_key(entry) for entry in table["entries"]}
-    todo = [p for p in dict.fromkeys(todo) if _key(dataclasses.asdict(p)) not in done]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = functools.partial(_locked, pathlib.Path(tempfile.gettempdir()) / "shfl-jax-tune.lock")
+    with lock():
+        done = {_key(entry) for entry in _read(path)["entries"]}
+    jobs = [(name, p) for p in dict.fromkeys(todo) for name in implementations if search_space(name, p)]
+    jobs = [job for job in jobs if job not in done]
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
     with Progress(*columns) as progress, concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-        task = progress.add_task("tuning", total=len(todo))
-        for i in range(0, len(todo), batch):
+        task = progress.add_task("tuning", total=len(jobs))
+        for i in range(0, len(jobs), batch):
             if time.monotonic() - started > minutes * 60:
-                progress.console.print(f"out of time: {len(todo) - i} problems left, call again to go on")
+                progress.console.print(f"out of time: {len(jobs) - i} problems left, call again to go on")
                 break
-            compiled = list(pool.map(_compile, todo[i : i + batch]))
-            for problem, (candidates, dense) in zip(todo[i : i + batch], compiled, strict=True):
-                entry = _measure(problem, candidates, dense)
-                table["entries"].append(entry)
-                table["date"] = str(datetime.date.today())
-                path.parent.mkdir(parents=True, exist_ok=True)
-                path.write_text(json.dumps(table, indent=1) + "\n")
+            some = jobs[i : i + batch]
+            compiled = list(pool.map(functools.partial(_compile, lock=lock), some))
+            for (name, problem), functions in zip(some, compiled, strict=True):
+                with lock():
+                    entry: dict[str, Any] = {"implementation": name, **_measure(problem, *functions)}
+                    table = _read(path)  # another call may have added to it
+                    table["entries"].append(entry)
+                    path.write_text(json.dumps(table | {"date": str(datetime.date.today())}, indent=1) + "\n")
                 ratio = entry["dense_time_us"] / entry["time_us"]
                 progress.console.print(
-                    f"{problem.op} {problem.m}x{problem.k}x{problem.n} V={problem.group_size} "
+                    f"{name} {problem.op} {problem.m}x{problem.k}x{problem.n} V={problem.group_size} "
                     f"density {problem.density:.3f}{'' if problem.equal else ' ragged'}: {entry['time_us']:.2f} us, "
                     f"{ratio:.2f} times dense, {entry['config']}",
                     soft_wrap=True,
@@ -152,13 +162,39 @@ def tune(todo: Sequence[Problem], path: pathlib.Path, minutes: float, batch: int
                 progress.advance(task)
 
 
+def search_space(implementation: str, problem: Problem) -> tuple[Any, ...]:
+    """The configs to measure, the heuristic's first; none where the implementation cannot do the problem."""
+    if implementation == "mosaic_gpu":
+        return mosaic_gpu.search_space(problem)
+    space = configs.search_space(problem)
+    # Above so many tokens dX is a dense product, and no config matters.
+    return space[:1] if problem.op == "grad_input" and problem.n > FUSED_TOKENS else space
+
+
+@contextlib.contextmanager
+def _locked(path: pathlib.Path) -> Iterator[None]:
+    """Keeps other calls of the tuner from the GPU and the table."""
+    import fcntl  # not on Windows, where this module is imported too
+
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _read(path: pathlib.Path) -> dict[str, Any]:
+    """The table on disk, or one without entries."""
+    table = {"device": configs.device_name(triton_device()), "jax": jax.__version__, "date": "", "entries": []}
+    return table | ({"entries": json.loads(path.read_text())["entries"]} if path.exists() else {})
+
+
 def triton_device() -> str:
     """The kind of the GPU to tune; RuntimeError without one."""
     return jax.devices("cuda")[0].device_kind
 
 
-def _key(problem: dict) -> tuple:
-    return tuple(problem[field.name] for field in dataclasses.fields(Problem))
+def _key(entry: dict[str, Any]) -> tuple[str, Problem]:
+    problem = Problem(**{field.name: entry[field.name] for field in dataclasses.fields(Problem)})
+    return entry.get("implementation", "triton"), problem
 
 
 def _operands(problem: Problem, seed: int) -> tuple[RowGrouped, jax.Array, jax.Array]:
@@ -170,11 +206,9 @@ def _operands(problem: Problem, seed: int) -> tuple[RowGrouped, jax.Array, jax.A
     return triton.prepare(matrix), x, jax.random.normal(keys[1], (p.m, p.n), p.dtype)
 
 
-def _compile(problem: Problem):
-    matrix, x, dy = _operands(problem, 0)
-    space = configs.search_space(problem)
-    if problem.op == "grad_input" and problem.n > FUSED_TOKENS:
-        space = space[:1]
+def _compile(job: tuple[str, Problem], lock: Callable) -> tuple[list, Any, list]:
+    """([(config, function), ...], Triton's function with its own config, [dense functions]) of a problem."""
+    implementation, problem = job
 
     def build(function, *args):
         try:
@@ -182,29 +216,34 @@ def _compile(problem: Problem):
         except jax.errors.JaxRuntimeError:  # too much shared memory or too many registers: not a config for this GPU
             return None
 
-    candidates = [(c, build(product(problem.op, c), matrix, x, dy)) for c in space]
-    weight = jax.ShapeDtypeStruct((problem.m, problem.k), x.dtype)
-    dense = [build(function, weight, x, dy) for function in dense_products(problem.op)]
-    return [(c, f) for c, f in candidates if f is not None], dense
+    with lock():  # XLA tries its dense kernels while it compiles them
+        matrix, x, dy = _operands(problem, 0)
+        weight = jax.ShapeDtypeStruct((problem.m, problem.k), x.dtype)
+        dense = [build(function, weight, x, dy) for function in dense_products(problem.op)]
+    plain = build(product(problem.op, None), matrix, x, dy) if implementation != "triton" else None
+    space = search_space(implementation, problem)
+    candidates = [(c, build(product(problem.op, c, implementation), matrix, x, dy)) for c in space]
+    return [(c, f) for c, f in candidates if f is not None], plain, dense
 
 
-def _measure(problem: Problem, candidates, dense) -> dict:
+def _measure(problem: Problem, candidates, plain, dense) -> dict[str, Any]:
+    """The entry of a problem, but for the implementation: the fastest candidate that agrees with the rest."""
     first = _operands(problem, 0)
     weight = jax.ShapeDtypeStruct((problem.m, problem.k), first[1].dtype)
     sparse_sets = copies(first)
     dense_sets = copies((jax.random.normal(jax.random.key(1), weight.shape, weight.dtype), *first[1:]))
-    dense_time = min(timing.median_us(f, dense_sets)[0] for f in dense)
-    want = None
+    times: dict[str, Any] = {"dense_time_us": min(timing.median_us(f, dense_sets)[0] for f in dense)}
+    want = (candidates[0][1] if plain is None else plain)(*first)
+    if plain is not None:
+        times["triton_time_us"] = timing.median_us(plain, sparse_sets)[0]
     best: dict[str, Any] = {}
     for config, function in candidates:
-        got = function(*first)
-        want = got if want is None else want
-        if _error(got, want) > LARGEST_ERROR:
+        if not float(_error(function(*first), want)) <= LARGEST_ERROR:  # NaN is not
             continue
         time_us, kernels = timing.median_us(function, sparse_sets)
         if not best or time_us < best["time_us"]:
             best = {"config": dataclasses.asdict(config), "time_us": time_us, "kernels": kernels}
-    return dataclasses.asdict(problem) | best | {"dense_time_us": dense_time, "tried": len(candidates)}
+    return dataclasses.asdict(problem) | best | times | {"tried": len(candidates)}
 
 
 def copies(arguments: tuple) -> list[tuple]:
@@ -228,6 +267,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--group-size", type=int, nargs="+", default=(128, 64, 32))
     parser.add_argument("--op", nargs="+", default=("forward", "grad_values", "grad_input"))
     parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--implementation", nargs="+", choices=IMPLEMENTATIONS, default=tuple(IMPLEMENTATIONS))
+    parser.add_argument("--share", type=functools.partial(_numbers, count=2), default=(0, 1), metavar="I,N",
+                        help="take every Nth problem from the Ith on: N calls side by side do them all")  # fmt: skip
     parser.add_argument("--minutes", type=float, default=8.0, help="begin no further problem after this time")
     parser.add_argument("--out", type=pathlib.Path, help="the table (default: the one the package reads)")
     options = parser.parse_args(arguments)
@@ -237,7 +279,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("shfl-jax tune: no CUDA device here; the packaged tables and the heuristic are used", file=sys.stderr)
         return 1
     todo = problems(options.layers, options.tokens, options.sparsity, options.group_size, options.op, options.dtype)
-    tune(todo, options.out or configs.TABLES / f"{device}.json", options.minutes)
+    part, parts = options.share
+    path = options.out or configs.TABLES / f"{device}.json"
+    tune(todo[part::parts], options.implementation, path, options.minutes)
     return 0
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import pallas_kernels as pk
-from pallas_kernels import configs, triton_tiles, tune
+from pallas_kernels import configs, mosaic_gpu, mosaic_gpu_forward, triton_tiles, tune
 from pallas_kernels.configs import Config, Problem
 
 RESULTS = pathlib.Path(__file__).parents[2] / "benchmarks" / "results"
@@ -40,8 +40,8 @@ def table(tmp_path, monkeypatch):
     configs._table.cache_clear()
     monkeypatch.setattr(configs, "TABLES", tmp_path)
 
-    def write(*entries):
-        rows = [dataclasses.asdict(p) | {"config": dataclasses.asdict(c), "time_us": 1.0} for p, c in entries]
+    def write(*entries, **more):
+        rows = [dataclasses.asdict(p) | {"config": dataclasses.asdict(c), "time_us": 1.0} | more for p, c in entries]
         (tmp_path / "my-gpu.json").write_text(json.dumps({"entries": rows}))
 
     yield write
@@ -68,6 +68,37 @@ def test_without_a_near_entry_the_heuristic_decides(table):
     assert configs.config(PROBLEM, "Unknown GPU") == configs.config(PROBLEM, None) == configs.heuristic(PROBLEM)
 
 
+def test_an_entry_serves_its_own_implementation(table):
+    config = mosaic_gpu_forward.Config(stages=3, split="rows", registers=(208, 88))
+    table((PROBLEM, config), implementation="mosaic_gpu", triton_time_us=1.1)
+    assert mosaic_gpu.tuned(PROBLEM, "My GPU") == config
+    assert configs.config(PROBLEM, "My GPU") == configs.heuristic(PROBLEM)
+    for other in (dataclasses.replace(PROBLEM, group_size=64), dataclasses.replace(PROBLEM, n=100_000)):
+        assert mosaic_gpu.tuned(other, "My GPU") == mosaic_gpu.heuristic(other.group_size, other.n)
+    assert mosaic_gpu.tuned(PROBLEM, None) == mosaic_gpu.heuristic(128, 4096)
+
+
+@pytest.mark.parametrize(("triton_time_us", "faster"), [(1.1, True), (0.9, False)])
+def test_the_mosaic_kernel_is_taken_where_it_was_measured_faster(table, triton_time_us, faster):
+    config = mosaic_gpu_forward.Config()
+    table((PROBLEM, config), implementation="mosaic_gpu", triton_time_us=triton_time_us)
+    assert mosaic_gpu.is_faster(dataclasses.replace(PROBLEM, m=4000), "My GPU", 132) == faster
+    far = dataclasses.replace(PROBLEM, k=100_000, slots=10**6)
+    assert mosaic_gpu.is_faster(far, "My GPU", 132)  # 32 groups, 16 tiles of tokens
+    assert not mosaic_gpu.is_faster(far, "My GPU", 1000)
+
+
+def test_what_the_mosaic_kernel_can_do_has_a_search_space():
+    for v, n, dtype in itertools.product((32, 64, 128, 256), (16, 264, 300, 4096), ("bfloat16", "float32")):
+        problem = dataclasses.replace(PROBLEM, n=n, group_size=v, dtype=dtype)
+        space = mosaic_gpu.search_space(problem)
+        able = v >= 64 and n in (264, 4096) and dtype == "bfloat16"
+        assert bool(space) == able == mosaic_gpu.can(problem)
+        if able:
+            assert space[0] == mosaic_gpu.heuristic(v, n)
+            assert max(c.shared_memory(v) for c in space) <= mosaic_gpu_forward.SHARED_MEMORY
+
+
 def test_packaged_tables_hold_legal_configs():
     tables = sorted(configs.TABLES.glob("*.json"))
     assert [path.stem for path in tables] == ["nvidia-h200"]
@@ -76,9 +107,14 @@ def test_packaged_tables_hold_legal_configs():
         assert len(entries) > 50
         for entry in entries:
             problem = Problem(**{field.name: entry[field.name] for field in dataclasses.fields(Problem)})
-            config = Config(**entry["config"])
-            assert configs.shared_memory(problem, config) <= configs.SHARED_MEMORY
-            assert configs.config(problem, path.stem) == config
+            if entry.get("implementation") == "mosaic_gpu":
+                config = mosaic_gpu.tuned(problem, path.stem)
+                assert config.shared_memory(problem.group_size) <= mosaic_gpu_forward.SHARED_MEMORY
+                assert mosaic_gpu.is_faster(problem, path.stem, 132) == (entry["time_us"] < entry["triton_time_us"])
+            else:
+                config = configs.config(problem, path.stem)
+                assert configs.shared_memory(problem, config) <= configs.SHARED_MEMORY
+            assert json.loads(json.dumps(dataclasses.asdict(config))) == entry["config"]
             assert entry["time_us"] > 0
             assert entry["dense_time_us"] > 0
 
@@ -109,20 +145,25 @@ def test_problems():
 
 
 def test_the_cost_model_decides_as_measured():
-    """Over all measured products: dense where sparse is clearly slower, sparse where it is clearly faster."""
+    """Over all measured products: dense where the kernel taken is clearly slower, sparse where it is clearly faster."""
     records = json.loads((RESULTS / "nvidia-h200" / "matmul.json").read_text())["records"]
-    decided = 0
+    measured = {}
     for r in records:
-        if r["implementation"] != "triton" or r["op"] != "matmul" or r["epilogue"] or r["group_size"] == 256:
-            continue  # the table has no entry for groups of 256 rows
+        if r["implementation"] in ("triton", "mosaic_gpu") and r["op"] == "matmul" and not r["epilogue"]:
+            measured.setdefault(r["case"], {})[r["implementation"]] = r
+    decided = set()
+    for name, of_case in measured.items():
+        r = of_case["triton"]
         slots = -(-r["m"] // r["group_size"]) * round(r["k"] * (1 - r["sparsity"]))
-        prediction = pk.predict(
-            r["m"], r["k"], r["n"], slots=slots, group_size=r["group_size"], equal=r["counts"] == "equal",
-            layout=r["layout"], device="NVIDIA H200",
-        )  # fmt: skip
-        if not 0.97 / 1.15 < r["speedup"] < 0.97 * 1.15:
-            assert (prediction.speedup < 0.97) == (r["speedup"] < 0.97), (r["case"], r["speedup"], prediction)
-            decided += 1
-    assert decided > 50
+        sizes = {"slots": slots, "group_size": r["group_size"], "equal": r["counts"] == "equal"}
+        problem = Problem("forward", r["m"], r["k"], r["n"], dtype="bfloat16", **sizes)
+        if mosaic_gpu.can(problem) and mosaic_gpu.is_faster(problem, "NVIDIA H200", 132):
+            r = of_case.get("mosaic_gpu", r)
+        prediction = pk.predict(r["m"], r["k"], r["n"], layout=r["layout"], device="NVIDIA H200", **sizes)
+        if prediction is not None and not 0.97 / 1.15 < r["speedup"] < 0.97 * 1.15:
+            assert (prediction.speedup < 0.97) == (r["speedup"] < 0.97), (name, r["speedup"], prediction)
+            decided.add((name, r["implementation"]))
+    assert len(decided) > 50
+    assert len([name for name, implementation in decided if implementation == "mosaic_gpu"]) >= 10
     assert pk.predict(64, 64, 8, slots=32, group_size=32, device="cpu") is None
     assert pk.predict(64, 64, 8, slots=32, group_size=32) is None
