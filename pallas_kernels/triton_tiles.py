@@ -1,6 +1,7 @@
 """What the Pallas-Triton kernels share: loads and stores of tiles, loops over steps, the call itself."""
 
 import functools
+import warnings
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +28,9 @@ def check(topology: Topology, dtype) -> None:
         raise NotImplementedError("this matrix was prepared for another implementation")
     if topology.num_slots == 0:
         raise NotImplementedError("the Triton kernels need at least one slot")
+    kind = device_kind()
+    if kind is not None and not lowers_for(kind):
+        raise NotImplementedError(f"this version of JAX compiles no Triton kernels for {kind}")
 
 
 def problem(op: configs.Op, topology: Topology, x: jax.Array | jax.ShapeDtypeStruct) -> configs.Problem:
@@ -38,11 +42,34 @@ def problem(op: configs.Op, topology: Topology, x: jax.Array | jax.ShapeDtypeStr
 
 
 def device_kind() -> str | None:
-    """The kind of the GPU in this process, None without one."""
+    """The kind of the GPU that is lowered for: that of the abstract mesh, else of this process; None without one."""
+    abstract = jax.sharding.get_abstract_mesh().abstract_device
+    if abstract is not None:
+        return abstract.device_kind
     try:
         return jax.devices("cuda")[0].device_kind
     except RuntimeError:
         return None
+
+
+@functools.cache
+def lowers_for(kind: str) -> bool:
+    """Whether Pallas knows a kind of GPU; it raises RuntimeError, at lowering, for those it has no numbers of."""
+    device = jax.sharding.AbstractDevice(kind, 1, "gpu")
+    kernel = pl.pallas_call(_copy, jax.ShapeDtypeStruct((16,), jnp.float32), compiler_params=plgpu.CompilerParams())
+    mesh = jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), (), abstract_device=device))
+    with mesh, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that the backend is deprecated is said where it is used
+        traced = jax.jit(kernel).trace(jax.ShapeDtypeStruct((16,), jnp.float32))
+        try:
+            traced.lower(lowering_platforms=("cuda",))
+        except RuntimeError:
+            return False
+    return True
+
+
+def _copy(x_ref, y_ref):
+    y_ref[...] = x_ref[...]
 
 
 def pad_tokens(x: jax.Array) -> jax.Array:

@@ -12,7 +12,7 @@ from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
 from jaxlib.mlir import ir
 
 import pallas_kernels as pk
-from pallas_kernels import configs, triton, tune
+from pallas_kernels import configs, triton, triton_tiles, tune
 from pallas_kernels.configs import Config, Problem
 from pallas_kernels.row_grouped import to_dense
 from pallas_kernels.triton_grad import slot_table
@@ -74,6 +74,16 @@ def test_every_config_of_the_search_space_lowers_for_cuda(op):
             assert "xla.gpu.triton" in lower(tune.product(op, config), matrix, x, dy).as_text(), config
             count += 1
     assert count >= 16
+
+
+@pytest.mark.parametrize("kind", ["Tesla V100-SXM2-16GB", "NVIDIA GeForce RTX 3090", "NVIDIA A100-SXM4-40GB"])
+def test_a_gpu_that_pallas_does_not_know_takes_xla(kind):
+    matrix, x = tune.random_matrix(256, 256, 0.5, 128), jnp.zeros((256, 512), jnp.bfloat16)
+    with use_abstract_mesh(AbstractMesh((), (), abstract_device=AbstractDevice(kind, 80, "gpu"))):
+        product = jax.jit(functools.partial(pk.matmul, layout="feature_major"))
+        text = product.trace(matrix, x).lower(lowering_platforms=("cuda",)).as_text()
+    assert ("xla.gpu.triton" in text) == triton_tiles.lowers_for(kind)
+    assert triton_tiles.lowers_for("NVIDIA A100-SXM4-40GB")
 
 
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
