@@ -194,6 +194,22 @@ def test_gather_fills_the_swizzled_tile(monkeypatch, block_tokens, token_tile):
                 assert got == x + 2 * (columns[row] * tokens + token)
 
 
+@pytest.mark.parametrize("count", [64, 256])
+def test_copied_rows_fill_the_swizzled_tile(monkeypatch, count):
+    tokens, x, ids, tile, first, most, step = 512, 10**7, 1000, 4096, 7, 150, 3
+    columns = np.random.default_rng(0).permutation(200)
+    machine = Machine(monkeypatch, np.arange(256, 384), {ids + 4 * i: c for i, c in enumerate(columns)})
+    rows = ptx.copied_rows(ids, array(first), count=count, most=most, layout=None)
+    ptx.copy_rows(x, rows, tile, array(step), tokens=tokens)
+    copied = dict(machine.copied)
+    assert len(copied) == len(machine.copied) == count * 8
+    for row in range(count):
+        for chunk in range(8):
+            offset = row // 8 * 1024 + row % 8 * 128 + (chunk ^ row % 8) * 16
+            column = columns[min(first + row, most)]
+            assert copied[tile + offset] == x + 2 * (column * tokens + step * 64) + chunk * 16
+
+
 @pytest.mark.parametrize(("height", "width"), [(64, 256), (128, 128), (64, 64)])
 @pytest.mark.parametrize("first_token", [0, 448])
 def test_store_puts_every_pair_where_its_row_says(monkeypatch, height, width, first_token):

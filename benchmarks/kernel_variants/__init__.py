@@ -1,0 +1,1 @@
+"""The study of the Triton kernels; see `__main__`."""
