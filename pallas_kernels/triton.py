@@ -14,7 +14,7 @@ from pallas_kernels.triton_two_four import grad_values_two_four as grad_values_t
 SEGMENT = 64  # `prepare` pads segments to multiples of this, the longest step that pays with many tokens
 
 
-def prepare(matrix):
+def prepare(matrix: RowGrouped) -> RowGrouped:
     """Pads every segment to a multiple of `SEGMENT` slots and sorts the groups, heaviest first.
 
     Equal counts that are multiples already stay as they are. Stacked matrices do too: their slices differ.

@@ -40,7 +40,10 @@ FAST_ACTIVATIONS = ACTIVATIONS | {
 }
 
 
-def forward(matrix, x, bias, *, activation, layout, precision, config=None):
+def forward(
+    matrix: RowGrouped, x: jax.Array, bias: jax.Array | None, *, activation: str | None, layout: str,
+    precision: lax.PrecisionLike, config: Config | None = None,
+) -> jax.Array:  # fmt: skip
     """Computes activation(W x + bias); see `matmul` for the arguments, here 2-D.
 
     Args:

@@ -34,7 +34,10 @@ DECOMPRESS = Config(block_rows=64, num_warps=4, num_stages=1)
 TABLE = Config(block_rows=256, num_warps=4, num_stages=1)
 
 
-def grad_values(topology, x, dy, *, layout, precision, config=None):
+def grad_values(
+    topology: Topology, x: jax.Array, dy: jax.Array, *, layout: str, precision: lax.PrecisionLike,
+    config: Config | None = None,
+) -> jax.Array:  # fmt: skip
     """Computes dValues (P, V), zero on padding and on sentinel rows; see `matmul`.
 
     Raises:
@@ -65,7 +68,9 @@ def grad_values(topology, x, dy, *, layout, precision, config=None):
     return d
 
 
-def grad_input(matrix, dy, *, layout, precision, config=None):
+def grad_input(
+    matrix: RowGrouped, dy: jax.Array, *, layout: str, precision: lax.PrecisionLike, config: Config | None = None
+) -> jax.Array:
     """Computes dX = W^T dY; see `matmul`. No (M, K) array is made for up to `FUSED_TOKENS` tokens.
 
     Raises:

@@ -2,12 +2,15 @@
 
 import functools
 import warnings
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
+from jax.typing import DTypeLike
 
 from pallas_kernels import configs
 from pallas_kernels.configs import Config
@@ -17,7 +20,7 @@ DTYPES = ("bfloat16", "float16", "float32")
 VECTOR = 8  # tokens in a 16-byte load of two-byte activations: rows of x must be multiples of it
 
 
-def check(topology: Topology, dtype) -> None:
+def check(topology: Topology, dtype: DTypeLike) -> None:
     """Raises NotImplementedError for what the kernels cannot do."""
     v = topology.group_size
     if v < 16 or v & (v - 1):
@@ -78,7 +81,10 @@ def pad_tokens(x: jax.Array) -> jax.Array:
     return jnp.pad(x, ((0, 0), (0, -n % VECTOR))) if n > 1 and n % VECTOR else x
 
 
-def call(kernel, out_shape, grid, config: Config, *args, name: str, aliases: dict[int, int] | None = None):
+def call(
+    kernel: Callable, out_shape: Any, grid: tuple[int, ...], config: Config, *args: jax.Array,
+    name: str, aliases: dict[int, int] | None = None,
+) -> Any:  # fmt: skip
     """Calls a kernel, compiled on CUDA and interpreted elsewhere; the kernel is told by its argument `interpret`."""
 
     def run(*args, interpret):
@@ -111,7 +117,7 @@ def is_aligned(topology: Topology, block_k: int) -> bool:
     return segments is not None and all(length % block_k == 0 for _, length in segments)
 
 
-def split_steps(steps, split: int):
+def split_steps(steps: Any, split: int) -> tuple[Any, Any]:
     """The first and the last step (exclusive) of this program, where a contraction is cut into `split` pieces."""
     if split == 1:
         return 0, steps
@@ -120,7 +126,9 @@ def split_steps(steps, split: int):
     return first, jnp.minimum(first + piece, steps)
 
 
-def loop(first, last, load_indices, multiply, acc, *, prefetch: bool):
+def loop(
+    first: Any, last: Any, load_indices: Callable, multiply: Callable, acc: jax.Array, *, prefetch: bool
+) -> jax.Array:
     """Accumulates `multiply(step, load_indices(step), acc)`, the indices loaded in the step or carried into it."""
     if not prefetch:
         return lax.fori_loop(first, last, lambda step, acc: multiply(step, load_indices(step), acc), acc)
@@ -132,20 +140,25 @@ def loop(first, last, load_indices, multiply, acc, *, prefetch: bool):
     return lax.fori_loop(first, last, body, (load_indices(first), acc))[1]
 
 
-def load_tile(ref, rows, columns, live_rows, live_columns):
+def load_tile(
+    ref: Any, rows: jax.Array, columns: jax.Array, live_rows: jax.Array | None, live_columns: jax.Array | None
+) -> jax.Array:
     """Loads ref[rows, columns] as a tile, zeros where one of the masks (None: everything) is false."""
     index = ref.at[rows[:, None], columns[None, :]]
     mask = _mask(rows, columns, live_rows, live_columns)
     return plgpu.load(index) if mask is None else plgpu.load(index, mask=mask, other=0)
 
 
-def store_tile(ref, rows, columns, tile, live_rows, live_columns, *leading):
+def store_tile(
+    ref: Any, rows: jax.Array, columns: jax.Array, tile: jax.Array,
+    live_rows: jax.Array | None, live_columns: jax.Array | None, *leading: Any,
+) -> None:  # fmt: skip
     """Stores a tile to ref[*leading, rows, columns] where the masks are true."""
     index = ref.at[(*leading, rows[:, None], columns[None, :])]
     plgpu.store(index, tile, mask=_mask(rows, columns, live_rows, live_columns))
 
 
-def contract(a, b, axes: tuple[int, int], precision):
+def contract(a: jax.Array, b: jax.Array, axes: tuple[int, int], precision: lax.PrecisionLike) -> jax.Array:
     """The product of two tiles over one axis of each, in float32."""
     dimensions = (((axes[0],), (axes[1],)), ((), ()))
     return lax.dot_general(a, b, dimensions, precision=precision, preferred_element_type=jnp.float32)
