@@ -55,7 +55,7 @@ def predict(
     """
     problem = Problem("forward", m, k, n, slots, group_size, jnp_name(dtype), equal)
     found = _nearest(problem, device, "triton")
-    if mosaic_gpu.can(problem) and mosaic_gpu.is_faster(problem, device, PROGRAMS):
+    if mosaic_gpu.can(problem) and mosaic_gpu.is_faster(problem, device):
         found = _nearest(problem, device, "mosaic_gpu") or found
     if found is None:
         return None

@@ -1,4 +1,4 @@
-"""Row-grouped products as a Pallas-Mosaic kernel for Hopper GPUs; derivatives and everything else are Triton's."""
+"""Row-grouped products and dValues as Pallas-Mosaic kernels for Hopper GPUs; everything else is Triton's."""
 
 import functools
 import importlib
@@ -7,15 +7,19 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from pallas_kernels import configs, triton, triton_tiles
+from pallas_kernels.row_grouped import RowGrouped, Topology
 
 GROUP_SIZES = (64, 128, 256)
 FEWEST_TOKENS = 257  # with fewer, most of a tile would be padding
+MULTIPROCESSORS = 132  # of an H100 and an H200
+BUSY = 0.9  # of them with a tile are enough
+KERNELS: dict[str, str] = {"forward": "mosaic_gpu_forward", "grad_values": "mosaic_gpu_grad"}
 HOPPER = ("H100", "H20", "H800")  # what the names of these GPUs hold: GH200 and H200 too
 
 grad_input = triton.grad_input
-grad_values = triton.grad_values
 grad_values_two_four = triton.grad_values_two_four
 
 
@@ -81,6 +85,51 @@ def forward_two_four(matrix, x, bias, *, activation, layout, precision):
     raise NotImplementedError("the Mosaic kernel does no 2:4")
 
 
+def grad_values(
+    topology: Topology, x: jax.Array, dy: jax.Array, *, layout: str, precision: lax.PrecisionLike, config: Any = None
+) -> jax.Array:
+    """Computes dValues (P, V); see `matmul`. Triton's kernel does what this one cannot, or not faster.
+
+    Args:
+        topology: canonical with equal counts and no sentinel rows, for the kernel of this module.
+        x: activations in the given layout; N a multiple of 64.
+        dy: the gradient of the output.
+        layout: see `matmul`.
+        precision: ignored, as in `forward`.
+        config: a `mosaic_gpu_grad.Config`; None takes the `tuned` one where this kernel is faster.
+    """
+    if layout == "token_major":
+        x, dy = x.T, dy.T
+    problem = triton_tiles.problem("grad_values", topology, x)
+    if config is None:
+        config = _config_of_values(topology, problem)
+    if config is None:
+        return triton.grad_values(topology, x, dy, layout="feature_major", precision=precision)
+    product = functools.partial(
+        _kernel("mosaic_gpu_grad").product,
+        count=topology.max_count,
+        group_size=topology.group_size,
+        config=config,
+        multiprocessors=_multiprocessors(),
+    )
+    # Slices of a batch run one after the other: each fills the GPU.
+    return jax.custom_batching.sequential_vmap(lambda *args: product(*args))(
+        topology.columns, topology.rows, x, dy.astype(x.dtype)
+    )
+
+
+def _config_of_values(topology: Topology, problem: configs.Problem) -> Any:
+    """The config for dValues, None where Triton's kernel has to be taken or is faster."""
+    padded = topology.counts is not None or topology.num_groups * topology.group_size != topology.m
+    try:
+        multiprocessors, device = _multiprocessors(), triton_tiles.device_kind()
+    except NotImplementedError:
+        return None
+    if padded or not topology.equal_counts or not can(problem):
+        return None
+    return tuned(problem, device) if is_faster(problem, device, multiprocessors) else None
+
+
 def heuristic(group_size: int, tokens: int):
     """The config for a group size and a number of tokens; measured, see docs/kernels.md."""
     kernel = _kernel()
@@ -97,69 +146,80 @@ def tuned(problem: configs.Problem, device: str | None) -> Any:
     """The config to use: the nearest measured one of the device, else the heuristic's."""
     entry = configs.nearest(problem, device, "mosaic_gpu")
     if entry is None:
-        return heuristic(problem.group_size, problem.n)
-    return _kernel().Config(**entry["config"] | {"registers": tuple(entry["config"]["registers"])})
+        return search_space(problem)[0]
+    fields = entry["config"] | {"registers": tuple(entry["config"]["registers"])}
+    return _kernel(KERNELS[problem.op]).Config(**fields)
 
 
 def can(problem: configs.Problem) -> bool:
-    """Whether this version of JAX has a kernel for a problem, on a Hopper GPU and with the matrix prepared."""
+    """Whether this version of JAX has a kernel for a problem, on a Hopper GPU and for a matrix that fits it."""
     try:
         _kernel()
     except NotImplementedError:
         return False
-    whole = problem.n >= FEWEST_TOKENS and problem.n % triton_tiles.VECTOR == 0
-    return problem.op == "forward" and problem.group_size in GROUP_SIZES and problem.itemsize == 2 and whole
+    step = {"forward": triton_tiles.VECTOR, "grad_values": 64}.get(problem.op)
+    whole = step is not None and problem.n >= FEWEST_TOKENS and problem.n % step == 0
+    return whole and problem.group_size in GROUP_SIZES and problem.itemsize == 2 and problem.slots > 0
 
 
 def search_space(problem: configs.Problem) -> tuple[Any, ...]:
-    """The configs a tuner measures for a problem, the heuristic's first; none for what the kernel cannot do."""
+    """The configs a tuner measures for a problem, the heuristic's first; none for what the kernels cannot do."""
     if not can(problem):
         return ()
-    kernel, v = _kernel(), problem.group_size
-    first = heuristic(v, problem.n)
+    kernel, v = _kernel(KERNELS[problem.op]), problem.group_size
+    if problem.op == "grad_values":
+        shapes = {64: [(512, 3), (256, 5), (128, 8)], 128: [(256, 4), (128, 6)], 256: [(128, 4)]}[v]
+        found = [kernel.Config(block_slots=slots, stages=stages) for slots, stages in shapes]
+        found.sort(key=lambda c: _tiles(problem, c) < MULTIPROCESSORS)  # large tiles, if there are enough of them
+        return tuple(found)
     shapes = {
-        64: [(512, 3, "tokens"), (256, 5, "tokens"), (128, 8, "rows")],
-        128: [(256, 4, "rows"), (128, 6, "rows")],
-        256: [(128, 4, "rows"), (64, 5, "rows")],
+        64: [(512, 3, "tokens", 1), (512, 3, "tokens", 4), (256, 5, "tokens", 4)],
+        128: [(256, 4, "rows", 1), (256, 4, "rows", 4), (128, 6, "rows", 4)],
+        256: [(128, 4, "rows", 1), (128, 4, "rows", 4)],
     }[v]
-    found = [first] + [
-        kernel.Config(block_tokens=tokens, stages=stages, split=split, band=band, lead=lead)
-        for tokens, stages, split in shapes
-        for lead in (0, stages // 2)
-        for band in (1, 4)
+    found = [heuristic(v, problem.n)] + [
+        kernel.Config(block_tokens=tokens, stages=stages, split=split, band=band, cluster=cluster)
+        for tokens, stages, split, band in shapes
+        for cluster in (1, 2)
     ]
-    return tuple(c for c in dict.fromkeys(found) if c.shared_memory(v) <= kernel.SHARED_MEMORY)
+    return tuple(dict.fromkeys(found))
 
 
-def pays(matrix, x, layout) -> bool:
+def _tiles(problem: configs.Problem, config: Any) -> int:
+    """How many tiles a problem has."""
+    groups = -(-problem.m // problem.group_size)
+    if problem.op == "grad_values":
+        return groups * -(-problem.slots // groups // config.block_slots)
+    return groups * -(-problem.n // config.block_tokens)
+
+
+def pays(matrix: RowGrouped, x: jax.Array, layout: str) -> bool:
     """Whether this kernel is faster than Triton's for a product; see `is_faster`."""
     n = x.shape[0 if layout == "token_major" else 1]
-    x = jax.ShapeDtypeStruct((matrix.topology.k, n), x.dtype)
+    x_shape = jax.ShapeDtypeStruct((matrix.topology.k, n), x.dtype)
+    problem = triton_tiles.problem("forward", matrix.topology, x_shape)
     try:
-        problem = triton_tiles.problem("forward", matrix.topology, x)
-        return is_faster(problem, triton_tiles.device_kind(), _multiprocessors())
+        return can(problem) and is_faster(problem, triton_tiles.device_kind(), _multiprocessors())
     except NotImplementedError:
         return False
 
 
-def is_faster(problem: configs.Problem, device: str | None, multiprocessors: int) -> bool:
-    """Whether this kernel was faster than Triton's for the nearest problem that the device's table knows of both.
+def is_faster(problem: configs.Problem, device: str | None, multiprocessors: int = MULTIPROCESSORS) -> bool:
+    """Whether a kernel here was faster than Triton's for the nearest problem that the device's table knows of both.
 
-    Elsewhere, whether there is a tile for every multiprocessor: with fewer, Triton's smaller tiles keep more of them
-    busy.
+    Elsewhere, whether there is a tile for (nearly) every multiprocessor: with fewer, Triton's smaller tiles keep more
+    of them busy.
     """
     entry = configs.nearest(problem, device, "mosaic_gpu")
     if entry is not None:
         return entry["time_us"] < entry["triton_time_us"]
-    groups = -(-problem.m // problem.group_size)
-    tiles = groups * -(-problem.n // heuristic(problem.group_size, problem.n).block_tokens)
-    return tiles >= multiprocessors
+    return _tiles(problem, search_space(problem)[0]) >= BUSY * multiprocessors
 
 
-def _kernel() -> ModuleType:
-    """The kernel's module, imported when it is needed: other versions of JAX may lack what it imports."""
+def _kernel(name: str = "mosaic_gpu_forward") -> ModuleType:
+    """A kernel's module, imported when it is needed: other versions of JAX may lack what it imports."""
     try:
-        return importlib.import_module("pallas_kernels.mosaic_gpu_forward")
+        return importlib.import_module(f"pallas_kernels.{name}")
     except ImportError as error:
         raise NotImplementedError(f"the Mosaic kernel needs another version of JAX: {error}") from error
 

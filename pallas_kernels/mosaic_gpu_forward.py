@@ -49,6 +49,7 @@ class Config:
         registers: of a thread of the consumers and of the producer; (2 a + b) <= 512 - 8 in multiples of 8.
         lead: steps that the first consumer is ahead of the second one when a tile begins, so that the epilogue of
             either lies under products of the other; below `stages`, 0 for none.
+        cluster: programs that work on neighbouring token tiles of a group at the same time and fetch its values once.
     """
 
     block_tokens: int = 256
@@ -59,6 +60,7 @@ class Config:
     band: int = 1
     registers: tuple[int, int] = (216, 72)
     lead: int = 0
+    cluster: int = 1
 
     def shared_memory(self, group_size: int) -> int:
         """Bytes of the stages and the ring of column ids."""
@@ -122,10 +124,11 @@ def product(values, columns, rows, x, bias, *, m, segments, activation, config: 
         (M, N) of the values' dtype.
     """
     c, v, n = config, values.shape[1], x.shape[1]
-    groups, token_tiles = sum(count for count, _ in segments), pl.cdiv(n, c.block_tokens)
+    # A cluster counts as one program here, and what it works on as one tile.
+    groups, token_tiles = sum(count for count, _ in segments), pl.cdiv(n, c.block_tokens * c.cluster)
     tiles = groups * token_tiles
-    programs = min(multiprocessors, tiles) if c.persistent else tiles
-    work = schedule(segments, token_tiles, programs, c.band)
+    programs = min(multiprocessors // c.cluster, tiles) if c.persistent else tiles
+    work = schedule(segments, token_tiles, programs, max(1, c.band // c.cluster))
     body = functools.partial(
         _body, config=c, v=v, m=m, n=n, width=work.shape[1], has_bias=bias is not None, activation=activation
     )
@@ -141,11 +144,14 @@ def product(values, columns, rows, x, bias, *, m, segments, activation, config: 
             plgpu.SMEM((2 * c.stages,), jnp.int32),  # the gather's own barriers, 8 bytes each
             plgpu.Barrier(num_barriers=c.stages),
             plgpu.Barrier(num_barriers=ring),
-            plgpu.Barrier(num_barriers=c.stages, num_arrivals=2),
+            # A stage is free when the consumers of the whole cluster have left it: values arrive everywhere at once.
+            plgpu.ClusterBarrier(collective_axes=("block",), num_barriers=c.stages, num_arrivals=2),
             plgpu.Barrier(),
         ),
         grid=(programs,),
         grid_names=("program",),
+        cluster=(c.cluster,),
+        cluster_names=("block",),
         num_threads=WARPGROUPS,
         thread_name="warpgroup",
         compiler_params=plgpu.CompilerParams(
@@ -171,14 +177,15 @@ def _body(values, columns, rows, work, x, *refs, config, v, m, n, width, has_bia
     bias, refs = (refs[0], refs[1:]) if has_bias else (None, refs)
     y, a_tiles, b_tiles, ids, gathered, a_full, ids_full, empty, leading = refs
     c = config
-    program, warpgroup = lax.axis_index("program"), lax.axis_index("warpgroup")
+    program, block, warpgroup = lax.axis_index("program"), lax.axis_index("block"), lax.axis_index("warpgroup")
     plain, splat = plgpu.RefType(), plgpu.Layout.WG_SPLAT
     _inline(functools.partial(ptx.init_barriers, count=c.stages, arrivals=ptx.WARPGROUP), plain)(gathered)
     row = program * (4 * width)
     count = work[row]
 
     def entry(i, field):
-        return work[row + 4 * (i + 1) + field]
+        value = work[row + 4 * (i + 1) + field]
+        return value * c.cluster + block if field == 3 else value
 
     @pl.when(warpgroup == 2)
     def _produce():
@@ -296,7 +303,7 @@ def _producer(values, columns, x, a_tiles, b_tiles, ids, gathered, a_full, ids_f
                 plgpu.barrier_wait(empty.at[slot])
 
             slots = pl.ds((block + k) * BLOCK_K, BLOCK_K)
-            plgpu.copy_gmem_to_smem(values.at[slots], a_tiles.at[slot], a_full.at[slot])
+            plgpu.copy_gmem_to_smem(values.at[slots], a_tiles.at[slot], a_full.at[slot], collective_axes="block")
             # The consumers are done with the step that used this place of the ring, so all threads have read it.
             cursor = fetch_ids(step + c.ahead, cursor)
             plgpu.barrier_wait(ids_full.at[place])
@@ -307,4 +314,9 @@ def _producer(values, columns, x, a_tiles, b_tiles, ids, gathered, a_full, ids_f
 
     cursor = jnp.int32(0), entry(0, 0), entry(0, 1)
     cursor = lax.fori_loop(0, c.ahead, fetch_ids, cursor)
-    lax.fori_loop(0, count, tile, (jnp.int32(0), cursor))
+    step, _ = lax.fori_loop(0, count, tile, (jnp.int32(0), cursor))
+    for now in (step + i for i in range(c.stages)):  # nobody leaves while others have yet to arrive at its barriers
+
+        @pl.when((now >= c.stages) & (c.cluster > 1))
+        def _wait_for_the_cluster(now=now):
+            plgpu.barrier_wait(empty.at[lax.rem(now, c.stages)])

@@ -27,13 +27,11 @@ class Config:
     Attributes:
         block_slots: slots of a tile.
         stages: depth of the ring of operand tiles, in steps.
-        persistent: one program per multiprocessor, each with a list of tiles; else one program per tile.
         registers: of a thread of the consumers and of the producer.
     """
 
     block_slots: int = 256
     stages: int = 4
-    persistent: bool = True
     registers: tuple[int, int] = (208, 88)
 
     def shared_memory(self, group_size: int) -> int:
@@ -59,7 +57,7 @@ def product(columns, rows, x, dy, *, count: int, group_size: int, config: Config
     """
     c, v, p = config, group_size, columns.shape[0]
     tiles = p // count * pl.cdiv(count, c.block_slots)
-    programs = min(multiprocessors, tiles) if c.persistent else tiles
+    programs = min(multiprocessors, tiles)
     tiled = (plgpu.TilingTransform((8, BLOCK_TOKENS)), plgpu.SwizzleTransform(128))
     body = functools.partial(_body, config=c, v=v, count=count, tiles=tiles, programs=programs, tiled=tiled)
     call = plgpu.kernel(

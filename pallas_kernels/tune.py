@@ -1,9 +1,8 @@
 """Measures tile configs of the Triton and the Mosaic kernels on this GPU and writes a table of the best.
 
 A problem already in the table is skipped, so a call that ran out of time is simply repeated. All configs of a batch are
-compiled before the first is measured: CUPTI sees every kernel of the process, the compiler's own trials too. JAX
-compiles the Mosaic kernels of a process one after the other, so several calls may share the work and the table
-(`--share`); a lock lets one at a time use the GPU.
+compiled before the first is measured: CUPTI sees every kernel of the process, the compiler's own trials too. Several
+calls may write to one table, each with problems of its own; a lock lets one at a time use the GPU.
 """
 
 import argparse
@@ -72,15 +71,13 @@ def random_matrix(
 
 def product(op: configs.Op, config: Any, implementation: str = "triton") -> Callable:
     """The kernel of an op as a function of (matrix, x, dy), feature-major; None takes the config that is looked up."""
-    if op == "forward":
-        return lambda matrix, x, dy: IMPLEMENTATIONS[implementation].forward(
-            matrix, x, None, activation=None, layout="feature_major", precision=None, config=config
-        )
-    if op == "grad_values":
-        return lambda matrix, x, dy: triton.grad_values(
-            matrix.topology, x, dy, layout="feature_major", precision=None, config=config
-        )
-    return lambda matrix, x, dy: triton.grad_input(matrix, dy, layout="feature_major", precision=None, config=config)
+    options: dict[str, Any] = {"layout": "feature_major", "precision": None, "config": config}
+    backend = IMPLEMENTATIONS[implementation]
+    return {
+        "forward": lambda matrix, x, dy: backend.forward(matrix, x, None, activation=None, **options),
+        "grad_values": lambda matrix, x, dy: backend.grad_values(matrix.topology, x, dy, **options),
+        "grad_input": lambda matrix, x, dy: triton.grad_input(matrix, dy, **options),
+    }[op]
 
 
 def dense_products(op: configs.Op) -> tuple[Callable, ...]:
@@ -147,6 +144,9 @@ def tune(
             some = jobs[i : i + batch]
             compiled = list(pool.map(functools.partial(_compile, lock=lock), some))
             for (name, problem), functions in zip(some, compiled, strict=True):
+                if not functions[0]:
+                    progress.advance(task)
+                    continue
                 with lock():
                     entry: dict[str, Any] = {"implementation": name, **_measure(problem, *functions)}
                     table = _read(path)  # another call may have added to it
@@ -206,24 +206,31 @@ def _operands(problem: Problem, seed: int) -> tuple[RowGrouped, jax.Array, jax.A
     return triton.prepare(matrix), x, jax.random.normal(keys[1], (p.m, p.n), p.dtype)
 
 
-def _compile(job: tuple[str, Problem], lock: Callable) -> tuple[list, Any, list]:
-    """([(config, function), ...], Triton's function with its own config, [dense functions]) of a problem."""
+def _compile(job: tuple[str, Problem], lock: Callable) -> tuple[list, Any, tuple]:
+    """([(config, function), ...], Triton's function with its own config, (dense functions)) of a problem."""
     implementation, problem = job
-
-    def build(function, *args):
-        try:
-            return jax.jit(function).lower(*args).compile()
-        except jax.errors.JaxRuntimeError:  # too much shared memory or too many registers: not a config for this GPU
-            return None
-
     with lock():  # XLA tries its dense kernels while it compiles them
-        matrix, x, dy = _operands(problem, 0)
-        weight = jax.ShapeDtypeStruct((problem.m, problem.k), x.dtype)
-        dense = [build(function, weight, x, dy) for function in dense_products(problem.op)]
-    plain = build(product(problem.op, None), matrix, x, dy) if implementation != "triton" else None
+        operands = _operands(problem, 0)
+        dense = _dense(problem.op, problem.m, problem.k, problem.n, problem.dtype)
+    plain = _build(product(problem.op, None), *operands) if implementation != "triton" else None
     space = search_space(implementation, problem)
-    candidates = [(c, build(product(problem.op, c, implementation), matrix, x, dy)) for c in space]
+    candidates = [(c, _build(product(problem.op, c, implementation), *operands)) for c in space]
     return [(c, f) for c, f in candidates if f is not None], plain, dense
+
+
+@functools.cache
+def _dense(op: configs.Op, m: int, k: int, n: int, dtype: str) -> tuple[Any, ...]:
+    shapes = [jax.ShapeDtypeStruct(shape, dtype) for shape in ((m, k), (k, n), (m, n))]
+    return tuple(_build(function, *shapes) for function in dense_products(op))
+
+
+def _build(function: Callable, *arguments: Any) -> Any:
+    """The compiled function, or None where that cannot be."""
+    try:
+        return jax.jit(function).lower(*arguments).compile()
+    # Too much shared memory, too many registers or a matrix of another kind: not a config for this problem.
+    except (jax.errors.JaxRuntimeError, NotImplementedError):
+        return None
 
 
 def _measure(problem: Problem, candidates, plain, dense) -> dict[str, Any]:
@@ -268,8 +275,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--op", nargs="+", default=("forward", "grad_values", "grad_input"))
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--implementation", nargs="+", choices=IMPLEMENTATIONS, default=tuple(IMPLEMENTATIONS))
-    parser.add_argument("--share", type=functools.partial(_numbers, count=2), default=(0, 1), metavar="I,N",
-                        help="take every Nth problem from the Ith on: N calls side by side do them all")  # fmt: skip
     parser.add_argument("--minutes", type=float, default=8.0, help="begin no further problem after this time")
     parser.add_argument("--out", type=pathlib.Path, help="the table (default: the one the package reads)")
     options = parser.parse_args(arguments)
@@ -279,9 +284,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("shfl-jax tune: no CUDA device here; the packaged tables and the heuristic are used", file=sys.stderr)
         return 1
     todo = problems(options.layers, options.tokens, options.sparsity, options.group_size, options.op, options.dtype)
-    part, parts = options.share
-    path = options.out or configs.TABLES / f"{device}.json"
-    tune(todo[part::parts], options.implementation, path, options.minutes)
+    tune(todo, options.implementation, options.out or configs.TABLES / f"{device}.json", options.minutes)
     return 0
 
 

@@ -12,7 +12,7 @@ from jax.experimental.mosaic.gpu import fragmented_array as layouts
 from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
 
 import pallas_kernels as pk
-from pallas_kernels import mosaic_gpu, tune
+from pallas_kernels import mosaic_gpu, triton_tiles, tune
 from pallas_kernels import mosaic_gpu_forward as kernel
 from pallas_kernels import mosaic_gpu_ptx as ptx
 from pallas_kernels.row_grouped import to_dense
@@ -22,11 +22,14 @@ Config = kernel.Config
 # Preparing for this backend is preparing for Triton, whose end Pallas announces at every lowering.
 pytestmark = pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated")
 
+# One of a kind, for products on a GPU.
 CONFIGS = {
     64: [Config(), Config(block_tokens=512, stages=3), Config(block_tokens=128, stages=8), Config(persistent=False)],
     128: [Config(split=split, persistent=p, band=b) for split in ("rows", "tokens") for p, b in ((True, 4), (False, 1))]
-    + [Config(stages=3, split="rows"), Config(block_tokens=128, stages=6, split="rows"), Config(ahead=8)],
-    256: [Config(block_tokens=128, split=split) for split in ("rows", "tokens")],
+    + [Config(stages=3, split="rows"), Config(block_tokens=128, stages=6, split="rows"), Config(ahead=8)]
+    + [Config(cluster=2, split="rows", persistent=p) for p in (True, False)],
+    256: [Config(block_tokens=128, split=split) for split in ("rows", "tokens")]
+    + [Config(block_tokens=128, split="rows", cluster=2)],
 }
 ALL = [(v, config) for v, configs in CONFIGS.items() for config in configs]
 
@@ -50,9 +53,15 @@ def operands(v, dtype="bfloat16", m=300, k=200, n=520, sparsity=0.5, equal=False
     return matrix, jax.random.normal(keys[0], (k, n), dtype), jax.random.normal(keys[1], (m,), dtype)
 
 
-@pytest.mark.parametrize(("v", "config"), ALL)
-def test_every_config_lowers_for_cuda(v, config):
-    assert "mosaic_gpu" in lower(forward(config, "gelu"), *operands(v))
+@pytest.mark.parametrize("v", mosaic_gpu.GROUP_SIZES)
+@pytest.mark.parametrize("op", ["forward", "grad_values"])
+def test_every_config_of_the_search_space_lowers_for_cuda(op, v):
+    matrix = tune.random_matrix(2 * v, 200, 0.36, v)  # 128 slots a group
+    x, dy = jnp.zeros((200, 512), jnp.bfloat16), jnp.zeros((2 * v, 512), jnp.bfloat16)
+    space = mosaic_gpu.search_space(triton_tiles.problem(op, matrix.topology, x))
+    assert space
+    for config in dict.fromkeys([*space, *(CONFIGS[v] if op == "forward" else [])]):
+        assert "mosaic_gpu" in lower(tune.product(op, config, "mosaic_gpu"), matrix, x, dy), config
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
@@ -78,6 +87,22 @@ def test_the_default_takes_it_where_every_multiprocessor_has_a_tile(m, n, taken)
     text = lower(functools.partial(pk.matmul, layout="feature_major"), matrix, jnp.zeros((64, n), jnp.bfloat16))
     assert ("mosaic_gpu" in text) == taken
     assert ("xla.gpu.triton" in text) != taken
+
+
+@pytest.mark.parametrize(("count", "n", "m", "taken"), [
+    (1024, 512, 4096, True), (64, 512, 4096, False), (1024, 520, 4096, False), (1024, 512, 4000, False),
+])  # fmt: skip
+def test_dvalues_take_it_where_every_multiprocessor_has_a_tile(count, n, m, taken):
+    topology = tune.random_matrix(m, 1024, 1 - count / 1024, 128).topology
+    x, dy = jnp.zeros((1024, n), jnp.bfloat16), jnp.zeros((m, n), jnp.bfloat16)
+    for layout in ("feature_major", "token_major"):
+        args = (x, dy) if layout == "feature_major" else (x.T, dy.T)
+        text = lower(functools.partial(mosaic_gpu.grad_values, topology, layout=layout, precision=None), *args)
+        assert ("mosaic_gpu" in text) == taken
+        assert ("xla.gpu.triton" in text) != taken
+    ragged = tune.random_matrix(m, 1024, 0.5, 128, equal=False).topology
+    text = lower(functools.partial(mosaic_gpu.grad_values, ragged, layout="feature_major", precision=None), x, dy)
+    assert "xla.gpu.triton" in text
 
 
 @pytest.mark.parametrize(("change", "n", "kind", "match"), [
@@ -264,6 +289,23 @@ def test_products_on_a_gpu(hopper, v, config, dtype):
         want = np.asarray({None: y, "gelu": jax.nn.gelu(y), "silu": jax.nn.silu(y), "relu": jax.nn.relu(y)}[activation])
         assert np.linalg.norm(got - want) <= 4e-3 * np.linalg.norm(want)
         np.testing.assert_allclose(got, want, atol=0.02 * np.abs(want).max())
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("v", mosaic_gpu.GROUP_SIZES)
+def test_dvalues_on_a_gpu(hopper, v, dtype):
+    for count, n in ((128, 384), (200, 1024)):  # a whole number of tiles, and not
+        matrix = tune.random_matrix(2 * v, 333, 1 - count / 333, v, dtype=dtype)
+        keys = jax.random.split(jax.random.key(2))
+        x, dy = jax.random.normal(keys[0], (333, n), dtype), jax.random.normal(keys[1], (2 * v, n), dtype)
+        x64, dy64 = (np.asarray(a.astype(jnp.float32), np.float64) for a in (x, dy))
+        columns, rows = (np.asarray(a).reshape(2, -1) for a in (matrix.topology.columns, matrix.topology.rows))
+        want = np.concatenate([x64[columns[g]] @ dy64[rows[g]].T for g in range(2)])
+        for config in mosaic_gpu.search_space(triton_tiles.problem("grad_values", matrix.topology, x)):
+            call = functools.partial(mosaic_gpu.grad_values, layout="feature_major", precision=None, config=config)
+            got = np.asarray(call(matrix.topology, x, dy).astype(jnp.float32), np.float64)
+            assert np.linalg.norm(got - want) <= 4e-3 * np.linalg.norm(want)
+            np.testing.assert_allclose(got, want, atol=0.02 * np.abs(want).max())
 
 
 def test_what_is_not_finite_and_unused_never_leaks_on_a_gpu(hopper):
