@@ -32,7 +32,7 @@ import jax
 import jax.numpy as jnp
 
 from benchmarks.matmul import RESULTS
-from pallas_kernels import configs, mosaic_gpu, triton, tune
+from pallas_kernels import configs, triton, tune
 
 MARKER = "cosine"  # in the name of the kernel that XLA makes of `mark`
 PROCESSES = 4
@@ -40,23 +40,16 @@ SECTIONS = ("WarpStateStats", "LaunchStats", "Occupancy")
 # Asked for where this version of ncu knows them for this GPU.
 METRICS = (
     "gpu__time_duration.sum",
+    "sm__cycles_elapsed.max",
     "lts__t_bytes.sum",
     "lts__t_sector_hit_rate.pct",
-    "lts__t_bytes.sum.pct_of_peak_sustained_elapsed",
     "dram__bytes_read.sum",
     "dram__bytes_write.sum",
-    "sm__cycles_elapsed.max",
-    "sm__throughput.avg.pct_of_peak_sustained_elapsed",
     "sm__pipe_tensor_cycles_active.avg.pct_of_peak_sustained_elapsed",
-    "sm__pipe_tensor_op_hmma_cycles_active.avg.pct_of_peak_sustained_elapsed",
-    "sm__pipe_tensor_op_gmma_cycles_active.avg.pct_of_peak_sustained_elapsed",
-    "sm__inst_executed_pipe_tensor.avg.pct_of_peak_sustained_elapsed",
-    "l1tex__data_bank_conflicts_pipe_lsu.sum",
     "l1tex__data_pipe_lsu_wavefronts_mem_shared.avg.pct_of_peak_sustained_elapsed",
     "sm__inst_executed_pipe_xu.avg.pct_of_peak_sustained_elapsed",
 )
 STALL = re.compile(r"smsp__average_warps_issue_stalled_(\w+)_per_issue_active\.ratio")
-TENSOR = re.compile(r"sm__(pipe|inst_executed_pipe)_tensor\w*\.avg\.pct_of_peak_sustained_elapsed")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,12 +80,11 @@ CASES = (
     *(Case(name, **change) for change in _FORWARD for name in ("mosaic_gpu", "triton")),
     Case("triton", 14336, n=16),
     Case("triton", n=16),
-    Case("triton", op="grad_values"),
+    *(Case(name, op="grad_values") for name in ("mosaic_gpu", "triton")),
     Case("triton", n=256, op="grad_input"),
     Case("triton", op="grad_input"),
     Case("xla"),
 )
-BACKENDS = {"mosaic_gpu": mosaic_gpu, "triton": triton}
 
 
 def call(case: Case) -> tuple[Callable, tuple]:
@@ -105,8 +97,8 @@ def call(case: Case) -> tuple[Callable, tuple]:
         return tune.dense_products(case.op)[0], (weight, x, dy)
     matrix = triton.prepare(tune.random_matrix(case.m, case.k, case.sparsity, case.group_size))
     if case.op != "forward":
-        return tune.product(case.op, None), (matrix, x, dy)
-    forward = BACKENDS[case.implementation].forward
+        return tune.product(case.op, None, case.implementation), (matrix, x, dy)
+    forward = tune.IMPLEMENTATIONS[case.implementation].forward
     options: dict[str, Any] = {"activation": case.epilogue, "layout": "feature_major", "precision": None}
     bias = jax.random.normal(keys[2], (case.m,), jnp.bfloat16) if case.epilogue else None
     return lambda matrix, x, bias: forward(matrix, x, bias, **options), (matrix, x, bias)
@@ -121,7 +113,8 @@ def launch(cases: Sequence[Case], lock: pathlib.Path) -> None:
             fcntl.flock(file, how)
 
         hold(fcntl.LOCK_EX)
-        mark = jax.jit(jnp.cos).lower(jnp.zeros(64)).compile()
+        marked = jnp.zeros(64)
+        mark = jax.jit(jnp.cos).lower(marked).compile()
         calls = [call(case) for case in cases]
         jax.block_until_ready([arguments for _, arguments in calls])
         hold(fcntl.LOCK_UN)
@@ -129,10 +122,10 @@ def launch(cases: Sequence[Case], lock: pathlib.Path) -> None:
             compiled = list(pool.map(lambda c: jax.jit(c[0]).lower(*c[1]).compile(), calls))
         hold(fcntl.LOCK_EX)
         for function, (_, arguments) in zip(compiled, calls, strict=True):
-            jax.block_until_ready((function(*arguments), mark(jnp.zeros(64))))
+            jax.block_until_ready((function(*arguments), mark(marked)))
             driver.cuProfilerStart()
             jax.block_until_ready(function(*arguments))
-            jax.block_until_ready(mark(jnp.zeros(64)))
+            jax.block_until_ready(mark(marked))
             driver.cuProfilerStop()
 
 
@@ -198,24 +191,26 @@ def record(case: Case, row: dict[str, str]) -> dict[str, Any]:
     stalls = {match[1]: value(name) or 0.0 for name in row if (match := STALL.fullmatch(name))}
     total = sum(stalls.values()) or 1.0
     top = sorted(stalls, key=lambda name: -stalls[name])[:3]
-    tensor = {name: value(name) for name in row if TENSOR.fullmatch(name)}
-    l2 = value("lts__t_bytes.sum", 1e-6)
+    share = ".avg.pct_of_peak_sustained_elapsed"
+    l2, cycles = value("lts__t_bytes.sum", 1e-6), value("sm__cycles_elapsed.max")
     time_us = value("gpu__time_duration.sum", 1e-3)
     return dataclasses.asdict(case) | {
         "case": f"{case.op} {case.m}x{case.k}x{case.n}",
         "kernel": row["Kernel Name"],
         "time_us": time_us,
+        "clock_mhz": cycles / time_us if cycles and time_us else None,
         "l2_mb": l2,
         "l2_tb_per_s": l2 / time_us if l2 and time_us else None,
         "l2_hit_percent": value("lts__t_sector_hit_rate.pct"),
         "dram_read_mb": value("dram__bytes_read.sum", 1e-6),
         "dram_write_mb": value("dram__bytes_write.sum", 1e-6),
-        "tensor_percent": max((share for share in tensor.values() if share is not None), default=None),
+        "tensor_percent": value(f"sm__pipe_tensor_cycles_active{share}"),
+        "shared_percent": value(f"l1tex__data_pipe_lsu_wavefronts_mem_shared{share}"),
+        "special_percent": value(f"sm__inst_executed_pipe_xu{share}"),
         "registers": value("launch__registers_per_thread"),
         "warps_percent": value("sm__warps_active.avg.pct_of_peak_sustained_active"),
         "stalls": {name: round(stalls[name] / total, 3) for name in top},
         "top_stalls": ", ".join(f"{name} {stalls[name] / total:.0%}" for name in top),
-        "metrics": {name: found for name in row if "__" in name and (found := number(row[name])) is not None},
     }
 
 
@@ -254,7 +249,7 @@ def main(arguments: Iterable[str] | None = None) -> int:
                 print(f"{len(kernels)} of {len(part)} cases were profiled:\n{printed}\n{text[:2000]}", file=sys.stderr)
             records += [record(CASES[i], row) for i, rows in zip(part, kernels, strict=False) for row in rows]
     for r in records:
-        numbers = ("time_us", "l2_mb", "dram_read_mb", "tensor_percent", "registers", "warps_percent")
+        numbers = ("time_us", "clock_mhz", "l2_mb", "dram_read_mb", "tensor_percent", "registers")
         print(f"{r['implementation']} {r['case']} {r['sparsity']:g} V{r['group_size']} {r['epilogue'] or ''}",
               r["kernel"][:40], *(f"{name}={r[name]}" for name in numbers), r["top_stalls"], flush=True)  # fmt: skip
     if not records:
@@ -264,7 +259,7 @@ def main(arguments: Iterable[str] | None = None) -> int:
     fields = [field.name for field in dataclasses.fields(Case)]
     records.sort(key=lambda r: order[tuple(r[name] for name in fields)])
     out = options.out or RESULTS / device / "counters.json"
-    result = {"device": device, "jax": jax.__version__, "date": str(datetime.date.today()), "ncu": version.split()[-1:]}
+    result = {"device": device, "jax": jax.__version__, "date": str(datetime.date.today())}
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(result | {"records": records}, indent=1) + "\n")
     return 0
