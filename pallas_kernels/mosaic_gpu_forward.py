@@ -7,7 +7,6 @@ slots through a ring of stages in shared memory. docs/kernels.md draws the pipel
 import dataclasses
 import functools
 import heapq
-import math
 from typing import Literal
 
 import jax
@@ -23,14 +22,6 @@ BLOCK_K = 64  # slots of a step: what one row of a swizzled tile holds along K
 SHARED_MEMORY = 227 * 1024 - 2048  # bytes for the stages and the ring of ids; barriers and alignment take the rest
 WARPGROUPS = 3
 TILE_COST = 2  # what a tile costs beside its steps, in steps; only weighs the tiles of a schedule against each other
-SQRT_2_PI = math.sqrt(2 / math.pi)
-# tanh is one instruction here; its error is below the rounding of a two-byte output.
-ACTIVATIONS = {
-    None: lambda y: y,
-    "relu": lambda y: jnp.maximum(y, 0.0),
-    "gelu": lambda y: 0.5 * y * (1 + jnp.tanh(y * (SQRT_2_PI + 0.044715 * SQRT_2_PI * y * y))),
-    "silu": lambda y: 0.5 * y * (1 + jnp.tanh(0.5 * y)),
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -173,6 +164,14 @@ def _inline(function, *arg_types, result=None):
     return plgpu.inline_mgpu(arg_types=arg_types, return_type=result)(lambda context, *args: function(*args))
 
 
+def _activate(activation, y):
+    """The activation of an accumulator. tanh is one instruction, its error below the rounding of a two-byte output."""
+    if activation in (None, "relu"):
+        return y if activation is None else jnp.maximum(y, 0.0)
+    kind = plgpu.ShapeDtypeStruct(y.shape, y.dtype, layout=plgpu.Layout.WGMMA)
+    return _inline({"gelu": ptx.gelu, "silu": ptx.silu}[activation], plgpu.Layout.WGMMA, result=kind)(y)
+
+
 def _body(values, columns, rows, work, x, *refs, config, v, m, n, width, has_bias, activation):
     bias, refs = (refs[0], refs[1:]) if has_bias else (None, refs)
     y, a_tiles, b_tiles, ids, gathered, a_full, ids_full, empty, leading = refs
@@ -256,7 +255,7 @@ def _body(values, columns, rows, work, x, *refs, config, v, m, n, width, has_bia
                     result=plgpu.ShapeDtypeStruct((height,), jnp.float32, layout=row_layout),
                 )(bias, targets)  # fmt: skip
                 out = out + lax.broadcast_in_dim(offsets, (height, wide), (0,))
-            out = ACTIVATIONS[activation](out).astype(x.dtype)
+            out = _activate(activation, out).astype(x.dtype)
             first_token = token_tile * c.block_tokens + warpgroup * tokens_first
             _inline(store, plain, plgpu.Layout.WGMMA, row_layout, splat)(y, out, targets, first_token)
             return step + steps

@@ -4,6 +4,7 @@ Every function here is the body of a `plgpu.inline_mgpu` call: it runs at loweri
 values and arrays as registers of a thread, and emits the instructions of one thread. A warpgroup is 128 threads.
 """
 
+import math
 from typing import Any
 
 import numpy as np
@@ -11,8 +12,10 @@ from jax.experimental.mosaic.gpu import fragmented_array as fa
 from jax.experimental.mosaic.gpu import utils
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm, vector
+from jaxlib.mlir.dialects import math as mlir_math
 
 WARPGROUP = 128
+SQRT_2_PI = math.sqrt(2 / math.pi)
 CHUNK = 16  # bytes that one asynchronous copy moves: eight two-byte tokens
 ROWS_APART = 16  # of the rows that one thread copies 16 of 128 bytes of
 TILE_ROWS, TILE_BYTES = 8, 128  # the unit of the swizzled layout: rows of 128 bytes, eight to a tile
@@ -174,6 +177,37 @@ def row_bias(bias, rows, *, m: int, layout):
         value = arith.extf(f32, arith.bitcast(dtype, bits))
         found.append(arith.select(real, value, utils.c(0.0, f32)))
     return _row_array(found, rows.registers.size * 32, layout, is_signed=None)
+
+
+def gelu(y):
+    """Computes gelu (the tanh approximation) of an accumulator: four multiplications or fused ones beside the tanh.
+
+    The compiler fuses no multiplication with an addition by itself, and the epilogue is bound by its instructions.
+    """
+    inner = y * _fused(y * y, 0.044715 * SQRT_2_PI, SQRT_2_PI)
+    half = y * 0.5
+    return _fused(half, inner.tanh(approx=True), half)
+
+
+def silu(y):
+    """Computes silu of an accumulator; see `gelu`."""
+    half = y * 0.5
+    return _fused(half, half.tanh(approx=True), half)
+
+
+def _fused(a, b, c):
+    """Computes a * b + c with one rounding; a is an array of float32, b and c are such arrays or numbers."""
+
+    def registers(other):
+        if isinstance(other, fa.FragmentedArray):
+            return list(other.registers.flat)
+        kind = a.registers.flat[0].type
+        return [
+            arith.constant(kind, ir.DenseElementsAttr.get_splat(kind, ir.FloatAttr.get_f32(other)))
+        ] * a.registers.size
+
+    found = _objects([mlir_math.fma(*values) for values in zip(registers(a), registers(b), registers(c), strict=True)])
+    return fa.FragmentedArray(_registers=found.reshape(a.registers.shape), _layout=a.layout, _is_signed=None)
 
 
 def store_rows(y, tile, rows, first_token, *, m: int, tokens: int) -> None:
