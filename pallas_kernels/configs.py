@@ -201,10 +201,9 @@ def distance(problem: Problem, entry: Mapping[str, Any]) -> float:
     return sum(abs(math.log(entry[name] / getattr(problem, name))) for name in ("m", "k", "n", "slots"))
 
 
-def entries(device: str, implementation: str | None) -> tuple[dict[str, Any], ...]:
-    """All entries of a device's table for an implementation (None: for all of them); empty where there is none."""
-    found = _table(device_name(device))
-    return tuple(entry for entry in found if implementation in (None, entry["implementation"]))
+def entries(device: str, implementation: str = "triton") -> tuple[dict[str, Any], ...]:
+    """All entries of a device's table for an implementation; empty where there is none."""
+    return tuple(entry for entry in _table(device_name(device)) if entry["implementation"] == implementation)
 
 
 def device_name(device: str) -> str:

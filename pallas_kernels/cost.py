@@ -1,8 +1,8 @@
 """Predicts how long a product takes on a device, sparse and dense, from the device's table of measurements.
 
-The sparse product is that of the implementation which dispatch takes. The nearest measured entry is scaled by a
-roofline: what the arithmetic, the memory traffic and the chain of dependent loads of the two problems would take. So
-the constants below matter only for the way from the entry to the problem.
+The nearest measured entry is scaled by a roofline: what the arithmetic, the memory traffic and the chain of dependent
+loads of the two problems would take. So the constants below matter only for the way from the entry to the problem.
+Where dispatch takes the Mosaic kernel, Triton's time is scaled by how much faster that one was.
 """
 
 import dataclasses
@@ -54,15 +54,15 @@ def predict(
         The two times, or None where the device has no table or the table nothing of this group size and dtype.
     """
     problem = Problem("forward", m, k, n, slots, group_size, jnp_name(dtype), equal)
-    found = _nearest(problem, device, "triton")
-    if mosaic_gpu.can(problem) and mosaic_gpu.is_faster(problem, device):
-        found = _nearest(problem, device, "mosaic_gpu") or found
-    if found is None:
+    entry = _nearest(problem, device, "triton")
+    if entry is None:
         return None
-    # The device may have more entries of Triton, and dense is dense: the nearest of all is the best to start from.
-    of_dense = _nearest(problem, device, None) or found
-    sparse = found["time_us"] * _sparse_roofline(problem) / _sparse_roofline(_problem(found))
-    dense = of_dense["dense_time_us"] * _dense_roofline(problem) / _dense_roofline(_problem(of_dense))
+    measured = Problem(**{field.name: entry[field.name] for field in dataclasses.fields(Problem)})
+    sparse = entry["time_us"] * _sparse_roofline(problem) / _sparse_roofline(measured)
+    dense = entry["dense_time_us"] * _dense_roofline(problem) / _dense_roofline(measured)
+    if mosaic_gpu.can(problem) and mosaic_gpu.is_faster(problem, device):
+        faster = _nearest(problem, device, "mosaic_gpu")
+        sparse *= faster["time_us"] / faster["triton_time_us"] if faster else 1
     if layout == "token_major" and n > 1:
         moved = 2 * (m + k) * n * problem.itemsize
         sparse += LAUNCH_US + moved / TRANSPOSE_BYTES_PER_US
@@ -74,8 +74,8 @@ def jnp_name(dtype) -> str:
     return dtype if isinstance(dtype, str) else getattr(dtype, "name", None) or dtype.__name__
 
 
-def _nearest(problem: Problem, device: str | None, implementation: str | None) -> dict[str, Any] | None:
-    """The nearest entry of an implementation (None: of any), however far it is, with other counts if need be."""
+def _nearest(problem: Problem, device: str | None, implementation: str) -> dict[str, Any] | None:
+    """The nearest entry of an implementation, however far it is, with other counts if need be."""
     best, best_distance = None, math.inf
     for entry in configs.entries(device, implementation) if device else ():
         if any(entry[name] != getattr(problem, name) for name in ("op", "group_size", "dtype")):
@@ -84,10 +84,6 @@ def _nearest(problem: Problem, device: str | None, implementation: str | None) -
         if (entry["n"] <= 256) == (problem.n <= 256) and apart < best_distance:
             best, best_distance = entry, apart
     return best
-
-
-def _problem(entry: dict[str, Any]) -> Problem:
-    return Problem(**{field.name: entry[field.name] for field in dataclasses.fields(Problem)})
 
 
 def _sparse_roofline(p: Problem) -> float:

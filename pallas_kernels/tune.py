@@ -148,15 +148,16 @@ def tune(
                     progress.advance(task)
                     continue
                 with lock():
-                    entry: dict[str, Any] = {"implementation": name, **_measure(problem, *functions)}
+                    entry = _measure((name, problem), *functions)
                     table = _read(path)  # another call may have added to it
                     table["entries"].append(entry)
                     path.write_text(json.dumps(table | {"date": str(datetime.date.today())}, indent=1) + "\n")
-                ratio = entry["dense_time_us"] / entry["time_us"]
+                rival = "dense" if "dense_time_us" in entry else "triton"
+                ratio = entry[f"{rival}_time_us"] / entry["time_us"]
                 progress.console.print(
                     f"{name} {problem.op} {problem.m}x{problem.k}x{problem.n} V={problem.group_size} "
                     f"density {problem.density:.3f}{'' if problem.equal else ' ragged'}: {entry['time_us']:.2f} us, "
-                    f"{ratio:.2f} times dense, {entry['config']}",
+                    f"{ratio:.2f} times {rival}, {entry['config']}",
                     soft_wrap=True,
                 )
                 progress.advance(task)
@@ -206,16 +207,22 @@ def _operands(problem: Problem, seed: int) -> tuple[RowGrouped, jax.Array, jax.A
     return triton.prepare(matrix), x, jax.random.normal(keys[1], (p.m, p.n), p.dtype)
 
 
-def _compile(job: tuple[str, Problem], lock: Callable) -> tuple[list, Any, tuple]:
-    """([(config, function), ...], Triton's function with its own config, (dense functions)) of a problem."""
+def _compile(job: tuple[str, Problem], lock: Callable) -> tuple[list, list]:
+    """([(config, function), ...], [functions to compare with]): dense products, for other kernels Triton's."""
     implementation, problem = job
     with lock():  # XLA tries its dense kernels while it compiles them
         operands = _operands(problem, 0)
-        dense = _dense(problem.op, problem.m, problem.k, problem.n, problem.dtype)
-    plain = _build(product(problem.op, None), *operands) if implementation != "triton" else None
+        rivals = list(_dense(problem.op, problem.m, problem.k, problem.n, problem.dtype)) if _is_first(job) else []
+    if not _is_first(job):
+        rivals.append(_build(product(problem.op, None), *operands))
     space = search_space(implementation, problem)
     candidates = [(c, _build(product(problem.op, c, implementation), *operands)) for c in space]
-    return [(c, f) for c, f in candidates if f is not None], plain, dense
+    return [(c, f) for c, f in candidates if f is not None], rivals
+
+
+def _is_first(job: tuple[str, Problem]) -> bool:
+    """Whether a job is of the implementation that is compared with dense, and the others with it."""
+    return job[0] == "triton"
 
 
 @functools.cache
@@ -233,16 +240,19 @@ def _build(function: Callable, *arguments: Any) -> Any:
         return None
 
 
-def _measure(problem: Problem, candidates, plain, dense) -> dict[str, Any]:
-    """The entry of a problem, but for the implementation: the fastest candidate that agrees with the rest."""
+def _measure(job: tuple[str, Problem], candidates: list, rivals: list) -> dict[str, Any]:
+    """The entry of a job: the fastest candidate that agrees with the first one, or with Triton's kernel."""
+    implementation, problem = job
     first = _operands(problem, 0)
-    weight = jax.ShapeDtypeStruct((problem.m, problem.k), first[1].dtype)
     sparse_sets = copies(first)
-    dense_sets = copies((jax.random.normal(jax.random.key(1), weight.shape, weight.dtype), *first[1:]))
-    times: dict[str, Any] = {"dense_time_us": min(timing.median_us(f, dense_sets)[0] for f in dense)}
-    want = (candidates[0][1] if plain is None else plain)(*first)
-    if plain is not None:
-        times["triton_time_us"] = timing.median_us(plain, sparse_sets)[0]
+    if _is_first(job):
+        weight = jax.random.normal(jax.random.key(1), (problem.m, problem.k), first[1].dtype)
+        dense_sets = copies((weight, *first[1:]))
+        times = {"dense_time_us": min(timing.median_us(f, dense_sets)[0] for f in rivals)}
+        want = candidates[0][1](*first)
+    else:
+        times = {"triton_time_us": timing.median_us(rivals[0], sparse_sets)[0]}
+        want = rivals[0](*first)
     best: dict[str, Any] = {}
     for config, function in candidates:
         if not float(_error(function(*first), want)) <= LARGEST_ERROR:  # NaN is not
@@ -250,7 +260,8 @@ def _measure(problem: Problem, candidates, plain, dense) -> dict[str, Any]:
         time_us, kernels = timing.median_us(function, sparse_sets)
         if not best or time_us < best["time_us"]:
             best = {"config": dataclasses.asdict(config), "time_us": time_us, "kernels": kernels}
-    return dataclasses.asdict(problem) | best | times | {"tried": len(candidates)}
+    entry = {"implementation": implementation} | dataclasses.asdict(problem)
+    return entry | best | times | {"tried": len(candidates)}
 
 
 def copies(arguments: tuple) -> list[tuple]:

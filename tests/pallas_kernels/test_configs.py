@@ -116,7 +116,7 @@ def test_packaged_tables_hold_legal_configs():
                 assert configs.shared_memory(problem, config) <= configs.SHARED_MEMORY
             assert json.loads(json.dumps(dataclasses.asdict(config))) == entry["config"]
             assert entry["time_us"] > 0
-            assert entry["dense_time_us"] > 0
+            assert entry["triton_time_us" if entry.get("implementation") == "mosaic_gpu" else "dense_time_us"] > 0
 
 
 @pytest.mark.parametrize("equal", [True, False])
@@ -136,6 +136,39 @@ def test_tune_without_a_gpu_says_so(capsys, tmp_path):
     assert tune.main(["--out", str(tmp_path / "table.json")]) == 1
     assert "no CUDA device" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
+
+
+def test_tuning_keeps_the_fastest_config_and_goes_on_where_it_stopped(monkeypatch, tmp_path):
+    problem = Problem("forward", 16, 16, 16, 8, 16, "float32")
+    slow, fast, wrong = (Config(16, 16, 16, num_stages=stages) for stages in (2, 3, 4))
+    times = {2: 5.0, 3: 3.0, 4: 1.0}
+
+    def product(op, config, implementation="triton"):
+        def kernel(matrix, x, dy):
+            return (matrix.values.sum() + x) * (-1 if config == wrong else 1)
+
+        kernel.time_us = times[config.num_stages]
+        return kernel
+
+    monkeypatch.setattr(tune, "triton_device", lambda: "My GPU")
+    monkeypatch.setattr(tune.configs, "search_space", lambda problem: (slow, fast, wrong))
+    monkeypatch.setattr(tune, "product", product)
+    monkeypatch.setattr(tune, "_build", lambda function, *arguments: function)
+    measured = []
+
+    def median_us(function, sets):
+        measured.append(function)
+        return getattr(function, "time_us", 9.0), 1
+
+    monkeypatch.setattr(tune.timing, "median_us", median_us)
+    path = tmp_path / "tables" / "my-gpu.json"
+    for _ in range(2):
+        tune.tune([problem], ["triton", "mosaic_gpu"], path, 1.0)
+    assert len(measured) == 4  # two dense products, and two configs that are right
+    (entry,) = json.loads(path.read_text())["entries"]
+    assert entry["implementation"] == "triton"
+    assert Config(**entry["config"]) == fast
+    assert (entry["time_us"], entry["dense_time_us"], entry["tried"]) == (3.0, 9.0, 3)
 
 
 def test_problems():
