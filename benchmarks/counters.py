@@ -4,8 +4,8 @@ Writes `benchmarks/results/<device>/counters.json`: for the cases of the accepta
 in each kernel of a call with a cold L2 cache: bytes through the cache and memory, use of the tensor cores, stalls.
 Where `ncu` is missing or may not read the counters the program says so and leaves the file alone.
 
-A few processes run under ncu side by side, because JAX compiles the Mosaic kernels of a process one after the other; a
-lock lets one at a time use the GPU. Only the second call of each case is profiled, and a small marker kernel behind it
+A few processes run under ncu side by side, because JAX compiles the Mosaic kernels of a process one after the other;
+one at a time uses the GPU. Only the second call of each case is profiled, and a small marker kernel behind it
 tells the kernels of the cases apart.
 """
 
@@ -15,7 +15,6 @@ import csv
 import ctypes
 import dataclasses
 import datetime
-import fcntl
 import glob
 import json
 import os
@@ -32,7 +31,7 @@ import jax
 import jax.numpy as jnp
 
 from benchmarks.matmul import RESULTS
-from pallas_kernels import configs, triton, tune
+from pallas_kernels import configs, timing, triton, tune
 
 MARKER = "cosine"  # in the name of the kernel that XLA makes of `mark`
 PROCESSES = 4
@@ -104,23 +103,17 @@ def call(case: Case) -> tuple[Callable, tuple]:
     return lambda matrix, x, bias: forward(matrix, x, bias, **options), (matrix, x, bias)
 
 
-def launch(cases: Sequence[Case], lock: pathlib.Path) -> None:
+def launch(cases: Sequence[Case]) -> None:
     """What runs under ncu: compiles the cases, and calls each once before and once while ncu looks."""
     driver = ctypes.CDLL("libcuda.so.1")
-    with lock.open("w") as file:  # the lock goes with the process
-
-        def hold(how: int) -> None:
-            fcntl.flock(file, how)
-
-        hold(fcntl.LOCK_EX)
+    with timing.alone():
         marked = jnp.zeros(64)
         mark = jax.jit(jnp.cos).lower(marked).compile()
         calls = [call(case) for case in cases]
         jax.block_until_ready([arguments for _, arguments in calls])
-        hold(fcntl.LOCK_UN)
-        with concurrent.futures.ThreadPoolExecutor(4) as pool:
-            compiled = list(pool.map(lambda c: jax.jit(c[0]).lower(*c[1]).compile(), calls))
-        hold(fcntl.LOCK_EX)
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        compiled = list(pool.map(lambda c: jax.jit(c[0]).lower(*c[1]).compile(), calls))
+    with timing.alone():
         for function, (_, arguments) in zip(compiled, calls, strict=True):
             jax.block_until_ready((function(*arguments), mark(marked)))
             driver.cuProfilerStart()
@@ -148,7 +141,7 @@ def profile(ncu: str, metrics: Sequence[str], indices: Sequence[int], folder: pa
     command += ["--clock-control", "none", "--cache-control", "all", "--target-processes", "all"]
     command += ["--profile-from-start", "off", "--metrics", ",".join(metrics)]
     command += [word for section in SECTIONS for word in ("--section", section)]
-    command += [sys.executable, "-m", "benchmarks.counters", "--lock", str(folder / "lock"), "--launch"]
+    command += [sys.executable, "-m", "benchmarks.counters", "--launch"]
     flags = os.environ.get("XLA_FLAGS", "") + " --xla_gpu_enable_command_buffer="  # kernels one by one, not as a graph
     environment = os.environ | {"XLA_FLAGS": flags, "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
     done = subprocess.run(
@@ -220,10 +213,9 @@ def main(arguments: Iterable[str] | None = None) -> int:
     parser.add_argument("--out", type=pathlib.Path)
     parser.add_argument("--case", type=int, nargs="+", default=range(len(CASES)), help="indices into the cases")
     parser.add_argument("--launch", type=int, nargs="+", help=argparse.SUPPRESS)
-    parser.add_argument("--lock", type=pathlib.Path, help=argparse.SUPPRESS)
     options = parser.parse_args(None if arguments is None else list(arguments))
     if options.launch is not None:
-        launch([CASES[i] for i in options.launch], options.lock)
+        launch([CASES[i] for i in options.launch])
         return 0
     ncu = find_ncu()
     if ncu is None:

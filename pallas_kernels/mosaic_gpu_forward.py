@@ -38,8 +38,6 @@ class Config:
         band: token tiles that programs side by side share: the tiles of `band` token tiles are dealt out group by
             group before the next band begins. Ragged groups are dealt heaviest first, whatever the band.
         registers: of a thread of the consumers and of the producer; (2 a + b) <= 512 - 8 in multiples of 8.
-        lead: steps that the first consumer is ahead of the second one when a tile begins, so that the epilogue of
-            either lies under products of the other; below `stages`, 0 for none.
         cluster: programs that work on neighbouring token tiles of a group at the same time and fetch its values once.
     """
 
@@ -50,7 +48,6 @@ class Config:
     persistent: bool = True
     band: int = 1
     registers: tuple[int, int] = (216, 72)
-    lead: int = 0
     cluster: int = 1
 
     def shared_memory(self, group_size: int) -> int:
@@ -137,7 +134,6 @@ def product(values, columns, rows, x, bias, *, m, segments, activation, config: 
             plgpu.Barrier(num_barriers=ring),
             # A stage is free when the consumers of the whole cluster have left it: values arrive everywhere at once.
             plgpu.ClusterBarrier(collective_axes=("block",), num_barriers=c.stages, num_arrivals=2),
-            plgpu.Barrier(),
         ),
         grid=(programs,),
         grid_names=("program",),
@@ -174,7 +170,7 @@ def _activate(activation, y):
 
 def _body(values, columns, rows, work, x, *refs, config, v, m, n, width, has_bias, activation):
     bias, refs = (refs[0], refs[1:]) if has_bias else (None, refs)
-    y, a_tiles, b_tiles, ids, gathered, a_full, ids_full, empty, leading = refs
+    y, a_tiles, b_tiles, ids, gathered, a_full, ids_full, empty = refs
     c = config
     program, block, warpgroup = lax.axis_index("program"), lax.axis_index("block"), lax.axis_index("warpgroup")
     plain, splat = plgpu.RefType(), plgpu.Layout.WG_SPLAT
@@ -209,12 +205,6 @@ def _body(values, columns, rows, work, x, *refs, config, v, m, n, width, has_bia
                 load_rows, plain, splat, result=plgpu.ShapeDtypeStruct((height,), jnp.int32, layout=row_layout)
             )(rows, group * v + warpgroup * rows_first)
 
-            if c.lead:
-                # Nobody is a whole ring ahead, so there are no two arrivals without a wait between them.
-                @pl.when((steps >= c.stages) & (warpgroup == 1))
-                def _follow():
-                    plgpu.barrier_wait(leading)
-
             def accumulate(acc):
                 def one(k, _):
                     now = step + k
@@ -231,12 +221,6 @@ def _body(values, columns, rows, work, x, *refs, config, v, m, n, width, has_bia
                     @pl.when(k > 0)
                     def _release():
                         plgpu.barrier_arrive(empty.at[lax.rem(now - 1, c.stages)])
-
-                    if c.lead:
-
-                        @pl.when((steps >= c.stages) & (warpgroup == 0) & (k == c.lead))
-                        def _lead():
-                            plgpu.barrier_arrive(leading)
 
                 lax.fori_loop(0, steps, one, None)
                 plgpu.wgmma_wait(0)

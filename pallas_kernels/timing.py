@@ -1,14 +1,27 @@
 """Times: of kernels on a GPU by CUPTI, over rotating inputs so that the L2 cache is cold, and of whole calls."""
 
+import contextlib
+import pathlib
 import statistics
+import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 from jax.experimental.mosaic.gpu import profiler
 
 L2_BYTES = 2 * 64 * 2**20  # inputs are rotated over more bytes than this, twice the largest L2 cache
+
+
+@contextlib.contextmanager
+def alone() -> Iterator[None]:
+    """Keeps the GPU from other processes that measure; they may prepare and compile meanwhile."""
+    import fcntl  # not on Windows, where this module is imported too
+
+    with (pathlib.Path(tempfile.gettempdir()) / "shfl-jax-gpu.lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)  # until the file is closed, which it is too when the process ends
+        yield
 
 
 class _Rotating:

@@ -7,7 +7,6 @@ calls may write to one table, each with problems of its own; a lock lets one at 
 
 import argparse
 import concurrent.futures
-import contextlib
 import dataclasses
 import datetime
 import functools
@@ -16,9 +15,8 @@ import json
 import os
 import pathlib
 import sys
-import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -129,8 +127,7 @@ def tune(
     """
     started = time.monotonic()
     path.parent.mkdir(parents=True, exist_ok=True)
-    lock = functools.partial(_locked, pathlib.Path(tempfile.gettempdir()) / "shfl-jax-tune.lock")
-    with lock():
+    with timing.alone():
         done = {_key(entry) for entry in _read(path)["entries"]}
     jobs = [(name, p) for p in dict.fromkeys(todo) for name in implementations if search_space(name, p)]
     jobs = [job for job in jobs if job not in done]
@@ -142,12 +139,12 @@ def tune(
                 progress.console.print(f"out of time: {len(jobs) - i} problems left, call again to go on")
                 break
             some = jobs[i : i + batch]
-            compiled = list(pool.map(functools.partial(_compile, lock=lock), some))
+            compiled = list(pool.map(_compile, some))
             for (name, problem), functions in zip(some, compiled, strict=True):
                 if not functions[0]:
                     progress.advance(task)
                     continue
-                with lock():
+                with timing.alone():
                     entry = _measure((name, problem), *functions)
                     table = _read(path)  # another call may have added to it
                     table["entries"].append(entry)
@@ -170,16 +167,6 @@ def search_space(implementation: str, problem: Problem) -> tuple[Any, ...]:
     space = configs.search_space(problem)
     # Above so many tokens dX is a dense product, and no config matters.
     return space[:1] if problem.op == "grad_input" and problem.n > FUSED_TOKENS else space
-
-
-@contextlib.contextmanager
-def _locked(path: pathlib.Path) -> Iterator[None]:
-    """Keeps other calls of the tuner from the GPU and the table."""
-    import fcntl  # not on Windows, where this module is imported too
-
-    with path.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
 
 
 def _read(path: pathlib.Path) -> dict[str, Any]:
@@ -207,10 +194,10 @@ def _operands(problem: Problem, seed: int) -> tuple[RowGrouped, jax.Array, jax.A
     return triton.prepare(matrix), x, jax.random.normal(keys[1], (p.m, p.n), p.dtype)
 
 
-def _compile(job: tuple[str, Problem], lock: Callable) -> tuple[list, list]:
+def _compile(job: tuple[str, Problem]) -> tuple[list, list]:
     """([(config, function), ...], [functions to compare with]): dense products, for other kernels Triton's."""
     implementation, problem = job
-    with lock():  # XLA tries its dense kernels while it compiles them
+    with timing.alone():  # XLA tries its dense kernels while it compiles them
         operands = _operands(problem, 0)
         rivals = list(_dense(problem.op, problem.m, problem.k, problem.n, problem.dtype)) if _is_first(job) else []
     if not _is_first(job):
