@@ -5,9 +5,10 @@ A document holds a block of this form, and `python -m benchmarks.documents` writ
     <!-- table {"file": "cpu/demo.json", "columns": {"pattern": "{pattern}", "speed-up": "{speedup:.2f}"}} -->
     <!-- end table -->
 
-`file` lies under `benchmarks/results`, or is a table of configs relative to it; `where` keeps the records whose keys have these values (a list: one of them);
-`columns` maps headings to `str.format` templates over a record; `sort`, a list of keys, orders the rows; `fastest_by`,
-a list of keys, keeps of the records that agree in them the one with the least time.
+`file` lies under `benchmarks/results`, or is a table of configs relative to it; `where` keeps the records whose keys
+have these values (a list: one of them); `columns` maps headings to `str.format` templates over a record; `sort`, a list
+of keys, orders the rows; `fastest_by`, a list of keys, keeps of the records that agree in them the one with the least
+time.
 """
 
 import argparse
