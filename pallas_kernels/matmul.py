@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels import mosaic_gpu, triton, triton_conv, two_four, xla, xla_conv
+from pallas_kernels import mosaic_gpu, mosaic_gpu_conv, triton, triton_conv, two_four, xla, xla_conv
 from pallas_kernels.row_grouped import RowGrouped, Topology
 from pallas_kernels.windows import Window
 
@@ -23,7 +23,7 @@ LAYOUTS = ("token_major", "feature_major")
 # which says whether its forward product is worth taking for a call that asks for none by name.
 BACKENDS: dict[str, ModuleType] = {"mosaic_gpu": mosaic_gpu, "triton": triton, "xla": xla}
 # The same for convolutions, over activations (C, H, W, B) and without prepare: it does not depend on the operation.
-CONV_BACKENDS: dict[str, ModuleType] = {"triton": triton_conv, "xla": xla_conv}
+CONV_BACKENDS: dict[str, ModuleType] = {"mosaic_gpu": mosaic_gpu_conv, "triton": triton_conv, "xla": xla_conv}
 # What `implementation=None` tries on each platform, fastest first; every other platform uses XLA.
 PREFERENCE: dict[str, tuple[str, ...]] = {"cuda": ("mosaic_gpu", "triton")}
 # Triton's convolutions have not run on a GPU yet, so they are taken by name alone.

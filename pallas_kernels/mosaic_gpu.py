@@ -24,7 +24,7 @@ def prepare(matrix):
     Raises:
         NotImplementedError: a group size or dtype the kernel does not do.
     """
-    _check(matrix.topology, matrix.dtype)
+    check(matrix.topology, matrix.dtype)
     return triton.prepare(matrix)
 
 
@@ -44,16 +44,25 @@ def forward(matrix, x, bias, *, activation, layout, precision, config=None):
         NotImplementedError: the matrix, the number of tokens, the GPU or the version of JAX is none the kernel does.
     """
     del precision
-    topology = matrix.topology
-    _check(topology, x.dtype)
+    check(matrix.topology, x.dtype)
     if layout == "token_major":
         x = x.T
     n = x.shape[1]
     if n < FEWEST_TOKENS or n % triton_tiles.VECTOR:
         raise NotImplementedError(f"the Mosaic kernel needs more than 256 tokens, in multiples of 8, got {n}")
-    kernel = _kernel()
-    config = heuristic(topology.group_size, n) if config is None else config
-    used = config.shared_memory(topology.group_size)
+    config = heuristic(matrix.topology.group_size, n) if config is None else config
+    y = call(matrix, matrix.topology.columns, x, bias, activation=activation, config=config)
+    return y.T if layout == "token_major" else y
+
+
+def call(matrix, ids, x, bias, *, activation, config, window=None):
+    """Calls the kernel on the arguments of `mosaic_gpu_forward.product`.
+
+    Raises:
+        NotImplementedError: the config, the matrix, the GPU or the version of JAX is none the kernel does.
+    """
+    topology, kernel = matrix.topology, _kernel()
+    used = config.shared_memory(topology.group_size, ids.size // topology.num_slots)
     if used > kernel.SHARED_MEMORY:
         raise NotImplementedError(f"{config} takes {used} bytes of shared memory")
     if not triton_tiles.is_aligned(topology, kernel.BLOCK_K):
@@ -65,13 +74,13 @@ def forward(matrix, x, bias, *, activation, layout, precision, config=None):
         activation=activation,
         config=config,
         multiprocessors=_multiprocessors(),
+        window=window,
     )
-    args = (matrix.values, topology.columns, topology.rows, x) + (() if bias is None else (bias,))
+    args = (matrix.values, ids, topology.rows, x) + (() if bias is None else (bias,))
     # Slices of a batch run one after the other: each fills the GPU.
-    y = jax.custom_batching.sequential_vmap(
-        lambda values, columns, rows, x, bias=None: product(values, columns, rows, x, bias)
+    return jax.custom_batching.sequential_vmap(
+        lambda values, ids, rows, x, bias=None: product(values, ids, rows, x, bias)
     )(*args)
-    return y.T if layout == "token_major" else y
 
 
 def forward_two_four(matrix, x, bias, *, activation, layout, precision):
@@ -109,7 +118,7 @@ def _kernel() -> ModuleType:
         raise NotImplementedError(f"the Mosaic kernel needs another version of JAX: {error}") from error
 
 
-def _check(topology, dtype) -> None:
+def check(topology, dtype) -> None:
     """Raises NotImplementedError for what the kernel cannot do, whatever the tokens and the GPU."""
     triton_tiles.check(topology, dtype)
     if topology.group_size not in GROUP_SIZES:

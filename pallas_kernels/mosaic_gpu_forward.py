@@ -18,6 +18,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import mosaic_gpu_ptx as ptx
+from pallas_kernels.windows import Window
 
 BLOCK_K = 64  # slots of a step: what one row of a swizzled tile holds along K
 SHARED_MEMORY = 227 * 1024 - 2048  # bytes for the stages and the ring of ids; barriers and alignment take the rest
@@ -57,9 +58,10 @@ class Config:
     band: int = 1
     registers: tuple[int, int] = (216, 72)
 
-    def shared_memory(self, group_size: int) -> int:
-        """Bytes of the stages and the ring of column ids."""
-        return self.stages * BLOCK_K * (group_size + self.block_tokens) * 2 + (self.stages + self.ahead) * BLOCK_K * 4
+    def shared_memory(self, group_size: int, words: int = 1) -> int:
+        """Bytes of the stages and the ring of column ids, which are so many words of four bytes each."""
+        tiles = self.stages * BLOCK_K * (group_size + self.block_tokens) * 2
+        return tiles + (self.stages + self.ahead) * BLOCK_K * words * 4
 
 
 @functools.lru_cache(maxsize=256)
@@ -100,32 +102,38 @@ def schedule(segments: tuple[tuple[int, int], ...], token_tiles: int, programs: 
     return table
 
 
-def product(values, columns, rows, x, bias, *, m, segments, activation, config: Config, multiprocessors: int):
-    """Computes activation(W x + bias), feature-major.
+def product(
+    values, columns, rows, x, bias,
+    *, m, segments, activation, config: Config, multiprocessors: int, window: Window | None = None,
+):  # fmt: skip
+    """Computes activation(W x + bias), feature-major, or a convolution: the same with x as `ptx.gather` reads it.
 
     Args:
         values: (P, V) bfloat16 or float16, V = 64, 128 or 256.
-        columns: (P,) int32 in 0..K-1.
+        columns: (P,) int32 in 0..K-1; with a window the ids of `ptx.gather`, flat.
         rows: (R * V,) int32.
-        x: (K, N) of the values' dtype, N a multiple of 8.
+        x: (K, N) of the values' dtype, N a multiple of 8; with a window (C H W, B), B a multiple of 8.
         bias: (M,) of the same dtype, or None.
         m: M.
         segments: as in `schedule`.
         activation: see `matmul`.
         config: a legal config.
         multiprocessors: of the GPU.
+        window: the geometry of a convolution, or None.
 
     Returns:
         (M, N) of the values' dtype.
     """
-    c, v, n = config, values.shape[1], x.shape[1]
+    c, v, n = config, values.shape[1], x.shape[1] if window is None else window.positions * x.shape[1]
+    words = columns.size // values.shape[0]
     groups, token_tiles = sum(count for count, _ in segments), pl.cdiv(n, c.block_tokens)
     tiles = groups * token_tiles
     programs = min(multiprocessors, tiles) if c.persistent else tiles
     work = schedule(segments, token_tiles, programs, c.band)
     body = functools.partial(
-        _body, config=c, v=v, m=m, n=n, width=work.shape[1], has_bias=bias is not None, activation=activation
-    )
+        _body, config=c, v=v, m=m, n=n, width=work.shape[1], has_bias=bias is not None, activation=activation,
+        words=words, window=window,
+    )  # fmt: skip
     tiled = _transforms()
     ring = c.stages + c.ahead
     call = plgpu.kernel(
@@ -134,7 +142,7 @@ def product(values, columns, rows, x, bias, *, m, segments, activation, config: 
         scratch_types=(
             plgpu.SMEM((c.stages, BLOCK_K, v), x.dtype, transforms=tiled),
             plgpu.SMEM((c.stages, BLOCK_K, c.block_tokens), x.dtype, transforms=tiled),
-            plgpu.SMEM((ring, BLOCK_K), jnp.int32),
+            plgpu.SMEM((ring, BLOCK_K * words), jnp.int32),
             plgpu.SMEM((2 * c.stages,), jnp.int32),  # the gather's own barriers, 8 bytes each
             plgpu.Barrier(num_barriers=c.stages),
             plgpu.Barrier(num_barriers=ring),
@@ -163,7 +171,7 @@ def _inline(function, *arg_types, result=None):
     return plgpu.inline_mgpu(arg_types=arg_types, return_type=result)(lambda context, *args: function(*args))
 
 
-def _body(values, columns, rows, work, x, *refs, config, v, m, n, width, has_bias, activation):
+def _body(values, columns, rows, work, x, *refs, config, v, m, n, width, has_bias, activation, words, window):
     bias, refs = (refs[0], refs[1:]) if has_bias else (None, refs)
     y, a_tiles, b_tiles, ids, gathered, a_full, ids_full, empty = refs
     c = config
@@ -180,7 +188,7 @@ def _body(values, columns, rows, work, x, *refs, config, v, m, n, width, has_bia
     def _produce():
         plgpu.set_max_registers(c.registers[1], action="decrease")
         _producer(values, columns, x, a_tiles, b_tiles, ids, gathered, a_full, ids_full, empty,
-                  entry=entry, count=count, config=c, n=n)  # fmt: skip
+                  entry=entry, count=count, config=c, n=n, words=words, window=window)  # fmt: skip
 
     @pl.when(warpgroup < 2)
     def _consume():
@@ -241,13 +249,16 @@ def _body(values, columns, rows, work, x, *refs, config, v, m, n, width, has_bia
         lax.fori_loop(0, count, multiply, jnp.int32(0))
 
 
-def _producer(values, columns, x, a_tiles, b_tiles, ids, gathered, a_full, ids_full, empty, *, entry, count, config, n):
+def _producer(
+    values, columns, x, a_tiles, b_tiles, ids, gathered, a_full, ids_full, empty,
+    *, entry, count, config, n, words, window,
+):  # fmt: skip
     c = config
     ring = c.stages + c.ahead
     plain, splat = plgpu.RefType(), plgpu.Layout.WG_SPLAT
     gather = _inline(
         functools.partial(
-            ptx.gather, tokens=n, block_k=BLOCK_K, block_tokens=c.block_tokens, first=2 * ptx.WARPGROUP
+            ptx.gather, tokens=n, block_k=BLOCK_K, block_tokens=c.block_tokens, first=2 * ptx.WARPGROUP, window=window
         ),
         plain, plain, plgpu.RefType(_transforms()), plain, splat, splat,
     )  # fmt: skip
@@ -259,7 +270,8 @@ def _producer(values, columns, x, a_tiles, b_tiles, ids, gathered, a_full, ids_f
 
         @pl.when(left > 0)
         def _copy():
-            plgpu.copy_gmem_to_smem(columns.at[pl.ds(block * BLOCK_K, BLOCK_K)], ids.at[place], ids_full.at[place])
+            some = pl.ds(block * BLOCK_K * words, BLOCK_K * words)
+            plgpu.copy_gmem_to_smem(columns.at[some], ids.at[place], ids_full.at[place])
 
         # Behind the last tile a row of zeros ends it: no steps left, and never exactly one again.
         return lax.cond(

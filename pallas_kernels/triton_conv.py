@@ -130,21 +130,26 @@ def slot_tables(topology: Topology, window: Window) -> tuple[jax.Array, jax.Arra
     return pixels.astype(jnp.int32), bits.astype(jnp.int32)
 
 
-def _check(topology: Topology, dtype, window: Window) -> None:
-    check(topology, dtype)
+def check_window(window: Window) -> None:
+    """Raises NotImplementedError for filters and images that `slot_tables` cannot describe."""
     if sum(window.kernel) > MAX_TAPS:
         raise NotImplementedError(
-            f"the Triton kernels do filters of at most {MAX_TAPS} rows and columns together, got {window.kernel}"
+            f"the GPU kernels do filters of at most {MAX_TAPS} rows and columns together, got {window.kernel}"
         )
     if window.channels * window.image[0] * window.image[1] > INT32_MAX:
         raise NotImplementedError(
-            f"the Triton kernels do images of at most 2^31 numbers, got {window.channels} channels of {window.image}"
+            f"the GPU kernels do images of at most 2^31 numbers, got {window.channels} channels of {window.image}"
         )
+
+
+def _check(topology: Topology, dtype, window: Window) -> None:
+    check(topology, dtype)
+    check_window(window)
 
 
 def _config(op: configs.Op, topology: Topology, x: jax.Array, window: Window) -> Config:
     """The config of the product that the convolution is, with one output position and image a token."""
-    tokens = window.outputs[0] * window.outputs[1] * x.shape[-1]
+    tokens = window.positions * x.shape[-1]
     return configs.config(problem(op, topology, jax.ShapeDtypeStruct((topology.k, tokens), x.dtype)), device_kind())
 
 
@@ -169,7 +174,7 @@ def _pixels(x: jax.Array) -> jax.Array:
 
 def _forward(matrix: RowGrouped, x, bias, window: Window, activation, precision, config: Config):
     topology, c = matrix.topology, config
-    groups, v, n = topology.num_groups, topology.group_size, window.outputs[0] * window.outputs[1] * x.shape[-1]
+    groups, v, n = topology.num_groups, topology.group_size, window.positions * x.shape[-1]
     rows = min(c.block_rows, v)
     kernel = functools.partial(
         _forward_kernel,

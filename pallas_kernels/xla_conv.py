@@ -68,7 +68,7 @@ def dense(weight: jax.Array, x: jax.Array, window: Window, precision: lax.Precis
 
 
 def _tokens(x: jax.Array, window: Window) -> int:
-    return window.outputs[0] * window.outputs[1] * x.shape[-1]
+    return window.positions * x.shape[-1]
 
 
 def _gather(x: jax.Array, window: Window) -> xla.Gather:

@@ -12,7 +12,7 @@ from jax import lax
 from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
 
 import pallas_kernels as pk
-from pallas_kernels import triton_conv, tune, windows, xla_conv
+from pallas_kernels import mosaic_gpu, triton_conv, tune, windows, xla_conv
 from pallas_kernels.configs import Config
 
 H200 = AbstractMesh((), (), abstract_device=AbstractDevice("NVIDIA H200", 132, "gpu"))
@@ -298,6 +298,45 @@ def test_configs_lower_for_cuda_and_compute_the_same(config, equal):
             np.testing.assert_allclose(y, wanted, rtol=1e-4, atol=1e-4)
 
 
+@pytest.fixture
+def gpu():
+    try:
+        return jax.devices("cuda")[0].device_kind
+    except RuntimeError:
+        pytest.skip("needs a CUDA device")
+
+
+GPU_CASES = [
+    Case((1, 1), strides=2, image=(9, 11), channels=150, m=100, v=64, batch=16, activation="relu"),
+    Case((3, 3), image=(7, 9), channels=37, m=200, v=64, batch=24),
+    Case((3, 3), strides=2, image=(14, 13), channels=45, m=130, v=128, batch=8, activation="relu"),
+    Case((3, 3), strides=2, dilation=2, padding="VALID", image=(13, 10), channels=33, m=250, v=256, batch=8),
+    Case((3, 3), dilation=2, image=(11, 9), channels=20, m=128, v=64, batch=40, counts="equal"),
+    Case((5, 5), padding=((1, 3), (0, 2)), image=(9, 8), channels=19, m=70, v=64, batch=16),
+    Case((7, 7), strides=2, image=(31, 29), channels=3, m=64, v=64, batch=8),
+    Case((1, 3), strides=(2, 1), dilation=(1, 2), image=(9, 15), channels=70, m=140, v=128, batch=64),
+]
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize("implementation", ["mosaic_gpu", "triton"])
+@pytest.mark.parametrize("case", GPU_CASES, ids=lambda case: f"{case.name}-V{case.v}")
+def test_values_and_gradients_on_a_gpu(gpu, case, implementation, dtype):
+    if implementation == "mosaic_gpu" and not any(name in gpu for name in mosaic_gpu.HOPPER):
+        pytest.skip("needs a Hopper GPU")
+    matrix, dense = make(case, dtype=dtype)
+    check(case, implementation, pk.prepare(matrix, implementation), dense, np.random.default_rng(1), dtype, 2e-2)
+
+
+@pytest.mark.parametrize("case", [
+    Case((3, 3), image=(9, 7), channels=24, m=70, v=32, batch=13),
+    Case((3, 3), strides=2, image=(8, 6), m=37, v=16, batch=3, activation="relu"),
+], ids=lambda case: f"{case.name}-batch{case.batch}")  # fmt: skip
+def test_batches_that_fit_no_vector_on_a_gpu(gpu, case):
+    matrix, dense = make(case, dtype=jnp.bfloat16)
+    check(case, "triton", matrix, dense, np.random.default_rng(1), jnp.bfloat16, 2e-2)
+
+
 def test_triton_is_taken_by_name_alone_and_the_default_is_xla():
     case = Case((3, 3), m=32)
     matrix, x = make(case)[0], images(case, np.random.default_rng(9))
@@ -305,7 +344,7 @@ def test_triton_is_taken_by_name_alone_and_the_default_is_xla():
     assert "xla.gpu.triton" in lower(functools.partial(run, implementation="triton"), matrix, x).as_text()
     assert "triton" not in lower(run, matrix, x).as_text()
     assert "triton" not in jax.jit(run).trace(matrix, x).lower(lowering_platforms=("cpu",)).as_text()
-    with pytest.raises(NotImplementedError, match="mosaic_gpu does no convolutions"):
+    with pytest.raises(NotImplementedError, match="groups of"):
         run(matrix, x, implementation="mosaic_gpu")
     odd = make(dataclasses.replace(case, v=6))[0]
     with pytest.raises(NotImplementedError, match="groups of 16, 32, 64"):

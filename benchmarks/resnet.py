@@ -1,0 +1,180 @@
+"""ResNet-50 as a Flax model, and its inference form: normalisation folded into the convolutions, dense or compressed.
+
+The inference form is one function over units, a unit being a convolution's filters and bias. With dense filters images
+lie as XLA likes them (NHWC); with row-grouped ones they lie channels first and the batch innermost from the stem to the
+last mean, and no layer transposes them.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jax import lax
+
+import pallas_kernels
+
+STAGES = (3, 4, 6, 3)
+EPSILON = 1e-5
+
+
+class Conv(NamedTuple):
+    """One convolution of the network."""
+
+    name: str
+    features: int
+    kernel: int
+    stride: int = 1
+
+    @property
+    def padding(self) -> tuple[tuple[int, int], tuple[int, int]]:
+        """That keeps an image's size up to the stride."""
+        return ((self.kernel // 2, self.kernel // 2),) * 2
+
+
+STEM = Conv("stem", 64, 7, 2)
+
+
+@dataclasses.dataclass(frozen=True)
+class Block:
+    """A bottleneck: three convolutions beside a shortcut, which has one of its own where the shape changes."""
+
+    convs: tuple[Conv, Conv, Conv]
+    shortcut: Conv | None
+
+
+def blocks(stages: tuple[int, ...] = STAGES, width: int = 64) -> Iterator[Block]:
+    """The blocks in order; strides are in the 3 x 3 convolutions."""
+    for i, count in enumerate(stages):
+        for j in range(count):
+            name, stride, wide = f"stage_{i}_block_{j}", 2 if i and not j else 1, width * 2**i
+            yield Block(
+                (
+                    Conv(f"{name}_conv_0", wide, 1),
+                    Conv(f"{name}_conv_1", wide, 3, stride),
+                    Conv(f"{name}_conv_2", 4 * wide, 1),
+                ),
+                None if j else Conv(f"{name}_shortcut", 4 * wide, 1, stride),
+            )
+
+
+class ResNet(nn.Module):
+    """The network for training and as it is loaded.
+
+    Attributes:
+        stages: blocks of each stage.
+        width: features of the first block's first convolution.
+        classes: number of classes.
+    """
+
+    stages: tuple[int, ...] = STAGES
+    width: int = 64
+    classes: int = 1000
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
+        """Maps images (B, H, W, 3) to logits (B, classes)."""
+
+        def unit(conv: Conv, x: jax.Array, shortcut: jax.Array | None, relu: bool) -> jax.Array:
+            size = (conv.kernel, conv.kernel)
+            y = nn.Conv(conv.features, size, conv.stride, conv.padding, use_bias=False, name=conv.name)(x)
+            norm = nn.BatchNorm(use_running_average=not train, epsilon=EPSILON, name=f"{conv.name}_norm")
+            y = norm(y) if shortcut is None else norm(y) + shortcut
+            return nn.relu(y) if relu else y
+
+        x = _network(unit, x, self.stages, self.width)
+        return nn.Dense(self.classes, name="head")(x.mean((1, 2)))
+
+
+def _network(unit: Callable, x: jax.Array, stages: tuple[int, ...], width: int) -> jax.Array:
+    """The network up to its last mean; `unit(conv, x, shortcut, relu)` is what differs between its forms."""
+    x = unit(STEM._replace(features=width), x, None, True)
+    # In both layouts the two axes in the middle are the image's.
+    x = lax.reduce_window(x, -jnp.inf, lax.max, (1, 3, 3, 1), (1, 2, 2, 1), ((0, 0), (1, 1), (1, 1), (0, 0)))
+    for block in blocks(stages, width):
+        shortcut = x if block.shortcut is None else unit(block.shortcut, x, None, False)
+        for conv in block.convs[:2]:
+            x = unit(conv, x, None, True)
+        x = unit(block.convs[2], x, shortcut, True)
+    return x
+
+
+def fold(variables: Mapping[str, Any]) -> dict[str, Any]:
+    """Folds every normalisation into the convolution before it.
+
+    Args:
+        variables: 'params' and 'batch_stats' of a `ResNet`.
+
+    Returns:
+        {name of a convolution: {'kernel': HWIO, 'bias': (features,)}, 'head': as it was}.
+    """
+    params, stats = variables["params"], variables["batch_stats"]
+    folded: dict[str, Any] = {"head": params["head"]}
+    for name in params:
+        if f"{name}_norm" in params:
+            norm, seen = params[f"{name}_norm"], stats[f"{name}_norm"]
+            scale = norm["scale"] * lax.rsqrt(seen["var"] + EPSILON)
+            bias = norm["bias"] - seen["mean"] * scale
+            folded[name] = {"kernel": params[name]["kernel"] * scale, "bias": bias}
+    return folded
+
+
+def dense(units: Mapping[str, Any], x: jax.Array, stages: tuple[int, ...] = STAGES, width: int = 64) -> jax.Array:
+    """Logits (B, classes) of images (B, H, W, 3), NHWC throughout, of what `fold` returns."""
+
+    def unit(conv: Conv, x: jax.Array, shortcut: jax.Array | None, relu: bool) -> jax.Array:
+        kernel, bias = units[conv.name]["kernel"], units[conv.name]["bias"]
+        y = lax.conv_general_dilated(
+            x, kernel, (conv.stride,) * 2, conv.padding, dimension_numbers=("NHWC", "HWIO", "NHWC")
+        )
+        y = y + bias if shortcut is None else y + bias + shortcut
+        return jax.nn.relu(y) if relu else y
+
+    x = _network(unit, x, stages, width)
+    return _head(units["head"], x.mean((1, 2)))
+
+
+def channels_first(
+    units: Mapping[str, Any], x: jax.Array, stages: tuple[int, ...] = STAGES, width: int = 64
+) -> jax.Array:
+    """Logits (B, classes) of images (B, H, W, 3), channels first throughout.
+
+    Args:
+        units: as `fold` returns them, with row-grouped filters (`pallas_kernels.RowGrouped`, of `kernel.reshape(-1,
+            features).T`) in place of some kernels.
+        x: images.
+        stages: as in `ResNet`.
+        width: as in `ResNet`.
+    """
+
+    def unit(conv: Conv, x: jax.Array, shortcut: jax.Array | None, relu: bool) -> jax.Array:
+        kernel, bias = units[conv.name]["kernel"], units[conv.name]["bias"]
+        if isinstance(kernel, pallas_kernels.RowGrouped):
+            convolve = functools.partial(
+                pallas_kernels.conv2d, kernel, x, kernel_size=(conv.kernel, conv.kernel), strides=conv.stride,
+                padding=conv.padding, bias=bias,
+            )  # fmt: skip
+            if shortcut is None:
+                return convolve(activation="relu" if relu else None)
+            y = convolve() + shortcut
+        else:
+            if conv.kernel == 1:
+                x = x[:, :: conv.stride, :: conv.stride]
+                y = jnp.tensordot(kernel[0, 0].T, x, 1)
+            else:
+                y = lax.conv_general_dilated(
+                    x, kernel, (conv.stride,) * 2, conv.padding, dimension_numbers=("CHWN", "HWIO", "CHWN")
+                )
+            y = y + bias[:, None, None, None]
+            y = y if shortcut is None else y + shortcut
+        return jax.nn.relu(y) if relu else y
+
+    x = _network(unit, x.transpose(3, 1, 2, 0), stages, width)
+    return _head(units["head"], x.mean((1, 2)).T)
+
+
+def _head(head: Mapping[str, jax.Array], x: jax.Array) -> jax.Array:
+    return x @ head["kernel"] + head["bias"]

@@ -1,0 +1,46 @@
+"""Convolutions with a row-grouped filter matrix as a Pallas-Mosaic kernel for Hopper GPUs: implicit GEMM.
+
+The product of `pallas_kernels.mosaic_gpu` with another gather: it addresses the slots' rows of the right side as
+`pallas_kernels.triton_conv` does. Derivatives are Triton's.
+"""
+
+import jax.numpy as jnp
+
+from pallas_kernels import mosaic_gpu, triton_conv, triton_tiles
+
+grad_input = triton_conv.grad_input
+grad_values = triton_conv.grad_values
+
+
+def forward(matrix, x, bias, *, window, activation, precision, config=None):
+    """Computes activation(filters * x + bias), (C, H, W, B) to (M, H' W' B); see `conv2d` for the arguments.
+
+    Args:
+        matrix: prepared, or canonical with equal counts that are a multiple of 64.
+        x: (C, H, W, B) bfloat16 or float16, B a multiple of 8.
+        bias: (M,) or None.
+        window: the geometry.
+        activation: see `matmul`.
+        precision: ignored, as in `mosaic_gpu.forward`.
+        config: a `mosaic_gpu_forward.Config`; None takes the heuristic's.
+
+    Raises:
+        NotImplementedError: the matrix, the images, the GPU or the version of JAX is none the kernel does.
+    """
+    del precision
+    topology, batch = matrix.topology, x.shape[-1]
+    mosaic_gpu.check(topology, x.dtype)
+    triton_conv.check_window(window)
+    if batch == 0 or batch % triton_tiles.VECTOR:
+        raise NotImplementedError(f"the Mosaic kernel needs images in multiples of 8, got {batch}")
+    if config is None:
+        config = mosaic_gpu.heuristic(topology.group_size, window.positions * batch)
+    pixels, bits = triton_conv.slot_tables(topology, window)
+    ids = jnp.stack([pixels, bits], axis=-1).reshape(-1) if window.is_padded else pixels
+    x = x.reshape(-1, batch)
+    return mosaic_gpu.call(matrix, ids, x, bias, activation=activation, config=config, window=window)
+
+
+def forward_two_four(matrix, x, bias, **kwargs):
+    """Raises NotImplementedError: this backend has no kernel for 2:4."""
+    raise NotImplementedError("the Mosaic kernel does no 2:4")
