@@ -6,7 +6,6 @@ last mean, and no layer transposes them.
 """
 
 import dataclasses
-import functools
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -153,23 +152,19 @@ def channels_first(
     def unit(conv: Conv, x: jax.Array, shortcut: jax.Array | None, relu: bool) -> jax.Array:
         kernel, bias = units[conv.name]["kernel"], units[conv.name]["bias"]
         if isinstance(kernel, pallas_kernels.RowGrouped):
-            convolve = functools.partial(
-                pallas_kernels.conv2d, kernel, x, kernel_size=(conv.kernel, conv.kernel), strides=conv.stride,
-                padding=conv.padding, bias=bias,
+            return pallas_kernels.conv2d(
+                kernel, x, kernel_size=(conv.kernel, conv.kernel), strides=conv.stride, padding=conv.padding,
+                bias=bias, addend=shortcut, activation="relu" if relu else None,
             )  # fmt: skip
-            if shortcut is None:
-                return convolve(activation="relu" if relu else None)
-            y = convolve() + shortcut
+        if conv.kernel == 1:
+            x = x[:, :: conv.stride, :: conv.stride]
+            y = jnp.tensordot(kernel[0, 0].T, x, 1)
         else:
-            if conv.kernel == 1:
-                x = x[:, :: conv.stride, :: conv.stride]
-                y = jnp.tensordot(kernel[0, 0].T, x, 1)
-            else:
-                y = lax.conv_general_dilated(
-                    x, kernel, (conv.stride,) * 2, conv.padding, dimension_numbers=("CHWN", "HWIO", "CHWN")
-                )
-            y = y + bias[:, None, None, None]
-            y = y if shortcut is None else y + shortcut
+            y = lax.conv_general_dilated(
+                x, kernel, (conv.stride,) * 2, conv.padding, dimension_numbers=("CHWN", "HWIO", "CHWN")
+            )
+        y = y + bias[:, None, None, None]
+        y = y if shortcut is None else y + shortcut
         return jax.nn.relu(y) if relu else y
 
     x = _network(unit, x.transpose(3, 1, 2, 0), stages, width)

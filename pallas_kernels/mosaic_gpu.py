@@ -11,6 +11,7 @@ from pallas_kernels import triton, triton_tiles
 
 GROUP_SIZES = (64, 128, 256)
 FEWEST_TOKENS = 257  # with fewer, most of a tile would be padding
+ADDS = True  # `forward` takes an addend
 HOPPER = ("H100", "H20", "H800")  # what the names of these GPUs hold: GH200 and H200 too
 
 grad_input = triton.grad_input
@@ -28,8 +29,8 @@ def prepare(matrix):
     return triton.prepare(matrix)
 
 
-def forward(matrix, x, bias, *, activation, layout, precision, config=None):
-    """Computes activation(W x + bias) for W in the arrangement of `prepare`; see `matmul`, here 2-D.
+def forward(matrix, x, bias, *, activation, layout, precision, addend=None, config=None):
+    """Computes activation(W x + bias + addend) for W in the arrangement of `prepare`; see `matmul`, here 2-D.
 
     Args:
         matrix: prepared, or canonical with equal counts that are a multiple of 64.
@@ -38,6 +39,7 @@ def forward(matrix, x, bias, *, activation, layout, precision, config=None):
         activation: see `matmul`.
         layout: see `matmul`.
         precision: ignored: products of two-byte numbers are exact in the float32 sums.
+        addend: of the result's shape and x's dtype, or None.
         config: a `mosaic_gpu_forward.Config`; None takes the heuristic's.
 
     Raises:
@@ -46,16 +48,16 @@ def forward(matrix, x, bias, *, activation, layout, precision, config=None):
     del precision
     check(matrix.topology, x.dtype)
     if layout == "token_major":
-        x = x.T
+        x, addend = x.T, None if addend is None else addend.T
     n = x.shape[1]
     if n < FEWEST_TOKENS or n % triton_tiles.VECTOR:
         raise NotImplementedError(f"the Mosaic kernel needs more than 256 tokens, in multiples of 8, got {n}")
     config = heuristic(matrix.topology.group_size, n) if config is None else config
-    y = call(matrix, matrix.topology.columns, x, bias, activation=activation, config=config)
+    y = call(matrix, matrix.topology.columns, x, bias, addend, activation=activation, config=config)
     return y.T if layout == "token_major" else y
 
 
-def call(matrix, ids, x, bias, *, activation, config, window=None):
+def call(matrix, ids, x, bias, addend, *, activation, config, window=None):
     """Calls the kernel on the arguments of `mosaic_gpu_forward.product`.
 
     Raises:
@@ -76,11 +78,12 @@ def call(matrix, ids, x, bias, *, activation, config, window=None):
         multiprocessors=_multiprocessors(),
         window=window,
     )
-    args = (matrix.values, ids, topology.rows, x) + (() if bias is None else (bias,))
+    args = (matrix.values, ids, topology.rows, x)
+    optional = {name: a for name, a in (("bias", bias), ("addend", addend)) if a is not None}
     # Slices of a batch run one after the other: each fills the GPU.
-    return jax.custom_batching.sequential_vmap(
-        lambda values, ids, rows, x, bias=None: product(values, ids, rows, x, bias)
-    )(*args)
+    return jax.custom_batching.sequential_vmap(lambda args, optional: product(*args, **({"bias": None} | optional)))(
+        args, optional
+    )
 
 
 def forward_two_four(matrix, x, bias, *, activation, layout, precision):

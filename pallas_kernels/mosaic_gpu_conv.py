@@ -10,10 +10,11 @@ from pallas_kernels import mosaic_gpu, triton_conv, triton_tiles
 
 grad_input = triton_conv.grad_input
 grad_values = triton_conv.grad_values
+ADDS = True  # `forward` takes an addend
 
 
-def forward(matrix, x, bias, *, window, activation, precision, config=None):
-    """Computes activation(filters * x + bias), (C, H, W, B) to (M, H' W' B); see `conv2d` for the arguments.
+def forward(matrix, x, bias, *, window, activation, precision, addend=None, config=None):
+    """Computes activation(filters * x + bias + addend), (C, H, W, B) to (M, H' W' B); see `conv2d` for the arguments.
 
     Args:
         matrix: prepared, or canonical with equal counts that are a multiple of 64.
@@ -22,6 +23,7 @@ def forward(matrix, x, bias, *, window, activation, precision, config=None):
         window: the geometry.
         activation: see `matmul`.
         precision: ignored, as in `mosaic_gpu.forward`.
+        addend: (M, H' W' B) of x's dtype, or None.
         config: a `mosaic_gpu_forward.Config`; None takes the heuristic's.
 
     Raises:
@@ -38,7 +40,7 @@ def forward(matrix, x, bias, *, window, activation, precision, config=None):
     pixels, bits = triton_conv.slot_tables(topology, window)
     ids = jnp.stack([pixels, bits], axis=-1).reshape(-1) if window.is_padded else pixels
     x = x.reshape(-1, batch)
-    return mosaic_gpu.call(matrix, ids, x, bias, activation=activation, config=config, window=window)
+    return mosaic_gpu.call(matrix, ids, x, bias, addend, activation=activation, config=config, window=window)
 
 
 def forward_two_four(matrix, x, bias, **kwargs):

@@ -58,10 +58,10 @@ class Config:
     band: int = 1
     registers: tuple[int, int] = (216, 72)
 
-    def shared_memory(self, group_size: int, words: int = 1) -> int:
+    def shared_memory(self, group_size: int, id_words: int = 1) -> int:
         """Bytes of the stages and the ring of column ids, which are so many words of four bytes each."""
         tiles = self.stages * BLOCK_K * (group_size + self.block_tokens) * 2
-        return tiles + (self.stages + self.ahead) * BLOCK_K * words * 4
+        return tiles + (self.stages + self.ahead) * BLOCK_K * id_words * 4
 
 
 @functools.lru_cache(maxsize=256)
@@ -103,10 +103,10 @@ def schedule(segments: tuple[tuple[int, int], ...], token_tiles: int, programs: 
 
 
 def product(
-    values, columns, rows, x, bias,
+    values, columns, rows, x, bias, addend=None,
     *, m, segments, activation, config: Config, multiprocessors: int, window: Window | None = None,
 ):  # fmt: skip
-    """Computes activation(W x + bias), feature-major, or a convolution: the same with x as `ptx.gather` reads it.
+    """Computes activation(W x + bias + addend), feature-major; a convolution has x as `ptx.gather` reads it.
 
     Args:
         values: (P, V) bfloat16 or float16, V = 64, 128 or 256.
@@ -114,6 +114,7 @@ def product(
         rows: (R * V,) int32.
         x: (K, N) of the values' dtype, N a multiple of 8; with a window (C H W, B), B a multiple of 8.
         bias: (M,) of the same dtype, or None.
+        addend: (M, N) of the same dtype, or None.
         m: M.
         segments: as in `schedule`.
         activation: see `matmul`.
@@ -125,14 +126,14 @@ def product(
         (M, N) of the values' dtype.
     """
     c, v, n = config, values.shape[1], x.shape[1] if window is None else window.positions * x.shape[1]
-    words = columns.size // values.shape[0]
+    id_words = columns.size // values.shape[0]
     groups, token_tiles = sum(count for count, _ in segments), pl.cdiv(n, c.block_tokens)
     tiles = groups * token_tiles
     programs = min(multiprocessors, tiles) if c.persistent else tiles
     work = schedule(segments, token_tiles, programs, c.band)
     body = functools.partial(
         _body, config=c, v=v, m=m, n=n, width=work.shape[1], has_bias=bias is not None, activation=activation,
-        words=words, window=window,
+        id_words=id_words, window=window, has_addend=addend is not None,
     )  # fmt: skip
     tiled = _transforms()
     ring = c.stages + c.ahead
@@ -142,7 +143,7 @@ def product(
         scratch_types=(
             plgpu.SMEM((c.stages, BLOCK_K, v), x.dtype, transforms=tiled),
             plgpu.SMEM((c.stages, BLOCK_K, c.block_tokens), x.dtype, transforms=tiled),
-            plgpu.SMEM((ring, BLOCK_K * words), jnp.int32),
+            plgpu.SMEM((ring, BLOCK_K * id_words), jnp.int32),
             plgpu.SMEM((2 * c.stages,), jnp.int32),  # the gather's own barriers, 8 bytes each
             plgpu.Barrier(num_barriers=c.stages),
             plgpu.Barrier(num_barriers=ring),
@@ -159,7 +160,7 @@ def product(
         ),
     )
     args = [values, columns, rows, jnp.asarray(work.reshape(-1)), x]
-    return call(*args, *([] if bias is None else [bias]))
+    return call(*args, *(a for a in (bias, addend) if a is not None))
 
 
 def _transforms():
@@ -171,8 +172,12 @@ def _inline(function, *arg_types, result=None):
     return plgpu.inline_mgpu(arg_types=arg_types, return_type=result)(lambda context, *args: function(*args))
 
 
-def _body(values, columns, rows, work, x, *refs, config, v, m, n, width, has_bias, activation, words, window):
+def _body(
+    values, columns, rows, work, x, *refs,
+    config, v, m, n, width, has_bias, has_addend, activation, id_words, window,
+):  # fmt: skip
     bias, refs = (refs[0], refs[1:]) if has_bias else (None, refs)
+    addend, refs = (refs[0], refs[1:]) if has_addend else (None, refs)
     y, a_tiles, b_tiles, ids, gathered, a_full, ids_full, empty = refs
     c = config
     program, warpgroup = lax.axis_index("program"), lax.axis_index("warpgroup")
@@ -188,7 +193,7 @@ def _body(values, columns, rows, work, x, *refs, config, v, m, n, width, has_bia
     def _produce():
         plgpu.set_max_registers(c.registers[1], action="decrease")
         _producer(values, columns, x, a_tiles, b_tiles, ids, gathered, a_full, ids_full, empty,
-                  entry=entry, count=count, config=c, n=n, words=words, window=window)  # fmt: skip
+                  entry=entry, count=count, config=c, n=n, id_words=id_words, window=window)  # fmt: skip
 
     @pl.when(warpgroup < 2)
     def _consume():
@@ -241,8 +246,15 @@ def _body(values, columns, rows, work, x, *refs, config, v, m, n, width, has_bia
                     result=plgpu.ShapeDtypeStruct((height,), jnp.float32, layout=row_layout),
                 )(bias, targets)  # fmt: skip
                 out = out + lax.broadcast_in_dim(offsets, (height, wide), (0,))
-            out = ACTIVATIONS[activation](out).astype(x.dtype)
             first_token = token_tile * c.block_tokens + warpgroup * tokens_first
+            if has_addend:
+                load = functools.partial(ptx.load_rows, height=height, width=wide, m=m, tokens=n)
+                added = _inline(
+                    load, plain, row_layout, splat,
+                    result=plgpu.ShapeDtypeStruct((height, wide), x.dtype, layout=plgpu.Layout.WGMMA),
+                )(addend, targets, first_token)  # fmt: skip
+                out = out + added.astype(jnp.float32)
+            out = ACTIVATIONS[activation](out).astype(x.dtype)
             _inline(store, plain, plgpu.Layout.WGMMA, row_layout, splat)(y, out, targets, first_token)
             return step + steps
 
@@ -251,7 +263,7 @@ def _body(values, columns, rows, work, x, *refs, config, v, m, n, width, has_bia
 
 def _producer(
     values, columns, x, a_tiles, b_tiles, ids, gathered, a_full, ids_full, empty,
-    *, entry, count, config, n, words, window,
+    *, entry, count, config, n, id_words, window,
 ):  # fmt: skip
     c = config
     ring = c.stages + c.ahead
@@ -270,7 +282,7 @@ def _producer(
 
         @pl.when(left > 0)
         def _copy():
-            some = pl.ds(block * BLOCK_K * words, BLOCK_K * words)
+            some = pl.ds(block * BLOCK_K * id_words, BLOCK_K * id_words)
             plgpu.copy_gmem_to_smem(columns.at[some], ids.at[place], ids_full.at[place])
 
         # Behind the last tile a row of zeros ends it: no steps left, and never exactly one again.

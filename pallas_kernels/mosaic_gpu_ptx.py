@@ -78,7 +78,7 @@ def gather(
     token = arith.addi(_mul(token_tile.registers.item(), block_tokens), _mul(chunk, CHUNK // 2))
     token = arith.minui(token, _i32(tokens - CHUNK // 2))
     if window is None:
-        start, inside, pitch, padded = _wide(_mul(token, 2)), None, tokens * 2, False
+        start, inside, pitch, padded = _wide(_mul(token, 2)), _i32(0), tokens * 2, False
     else:
         batch = tokens // window.positions
         start, inside = _corner(token, window, batch)
@@ -183,19 +183,68 @@ def store_rows(y, tile, rows, first_token, *, m: int, tokens: int) -> None:
     # What a thread holds more than one of: 64-row blocks, eight-token blocks, halves of its warp's 16 rows.
     packed = _objects([utils.bitcast(r, i32) for r in tile.registers.flat]).reshape(height // 64, width // 8, 2)
     quad = arith.remui(_thread(), _i32(4))
-    token = arith.addi(first_token.registers.item(), _mul(quad, 8))
-    base = _global(y)
+    for block, i, half, address, live in _runs(y, rows, first_token, width, m, tokens):
+        words = _exchange(list(packed[block, i : i + 4, half]), quad)
+        store = "{ .reg .pred live; setp.ne.b32 live, $5, 0; @live st.global.v4.b32 [$0], {$1, $2, $3, $4}; }"
+        _emit(store, [address, *words, live])
+
+
+def load_rows(x, rows, first_token, *, height: int, width: int, m: int, tokens: int):
+    """Loads what `store_rows` would store: a (height, width) two-byte tile, zeros where it is out of range.
+
+    Args:
+        x: (M, tokens) in global memory.
+        rows: as in `store_rows`.
+        first_token: as in `store_rows`.
+        height: rows of the tile.
+        width: tokens of the tile.
+        m: M.
+        tokens: N, a multiple of 8.
+
+    Returns:
+        The tile in the layout of a wgmma accumulator.
+    """
+    dtype = ir.MemRefType(x.type).element_type
+    quad = arith.remui(_thread(), _i32(4))
+    packed = np.empty((height // 64, width // 8, 2), dtype=object)
+    for block, i, half, address, live in _runs(x, rows, first_token, width, m, tokens):
+        # To exchange is its own inverse.
+        for j, word in enumerate(_exchange(_load_words(address, live), quad)):
+            packed[block, i + j, half] = utils.bitcast(word, ir.VectorType.get((2,), dtype))
+    layout = fa.WGMMA_LAYOUT
+    registers = packed.reshape(layout.registers_shape((height, width)))
+    return fa.FragmentedArray(_registers=registers, _layout=layout, _is_signed=None)
+
+
+def _runs(array, rows, first_token, width: int, m: int, tokens: int):
+    """The 16-byte runs of a (M, tokens) array that a thread holds of a tile after an exchange.
+
+    Yields:
+        (64-row block, first of four eight-token blocks, half of the warp's 16 rows, address, 1 if it is in range).
+    """
+    token = arith.addi(first_token.registers.item(), _mul(arith.remui(_thread(), _i32(4)), 8))
+    base = _global(array)
     for index, row in enumerate(map(_scalar, rows.registers.flat)):
         block, half = divmod(index, 2)
         live_row = arith.cmpi(arith.CmpIPredicate.ult, row, _i32(m))
         start = arith.addi(base, arith.muli(_wide(row), _i64(tokens * 2)))
         for i in range(0, width // 8, 4):
-            words = _exchange(list(packed[block, i : i + 4, half]), quad)
             at = arith.addi(token, _i32(8 * i))
             live = arith.andi(live_row, arith.cmpi(arith.CmpIPredicate.ult, at, _i32(tokens)))
             address = arith.addi(start, arith.muli(_wide(at), _i64(2)))
-            store = "{ .reg .pred live; setp.ne.b32 live, $5, 0; @live st.global.v4.b32 [$0], {$1, $2, $3, $4}; }"
-            _emit(store, [address, *words, arith.extui(i32, live)])
+            yield block, i, half, address, arith.extui(ir.IntegerType.get_signless(32), live)
+
+
+def _load_words(address, live) -> list:
+    """Four 32-bit words of global memory, zeros where `live` is 0."""
+    i32 = ir.IntegerType.get_signless(32)
+    load = (
+        "{ .reg .pred live; setp.ne.b32 live, $5, 0; mov.b32 $0, 0; mov.b32 $1, 0; mov.b32 $2, 0; mov.b32 $3, 0; "
+        "@live ld.global.nc.v4.b32 {$0, $1, $2, $3}, [$4]; }"
+    )
+    kind, constraints = ir.Type.parse("!llvm.struct<(i32, i32, i32, i32)>"), "=&r,=&r,=&r,=&r,l,r"
+    words: Any = llvm.inline_asm(kind, [address, live], load, constraints, asm_dialect=0, has_side_effects=True)
+    return [llvm.extractvalue(i32, words, [i]) for i in range(4)]
 
 
 def _exchange(words, quad):

@@ -22,6 +22,13 @@ IMPLEMENTATIONS = ["xla", "triton"]
 pytestmark = pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated")
 
 
+@pytest.fixture(autouse=True)
+def ieee():
+    """On a GPU float32 products are TF32 by default; here they are compared with float64."""
+    with jax.default_matmul_precision("highest"):
+        yield
+
+
 @dataclasses.dataclass(frozen=True)
 class Case:
     kernel: tuple[int, int]
@@ -111,29 +118,29 @@ def images(case, rng, dtype=np.float32):
 
 
 @functools.partial(jax.jit, static_argnames=("case", "implementation"))
-def value_and_gradients(matrix, x, bias, dy, case, implementation):
-    def run(values, x, bias):
-        filters = pk.RowGrouped(values, matrix.topology)
+def value_and_gradients(matrix, x, bias, addend, dy, case, implementation):
+    def run(values, x, bias, addend):
         return pk.conv2d(
-            filters, x, bias=bias, activation=case.activation, implementation=implementation, **case.options
-        )
+            pk.RowGrouped(values, matrix.topology), x, bias=bias, addend=addend, activation=case.activation,
+            implementation=implementation, **case.options,
+        )  # fmt: skip
 
-    y, pull = jax.vjp(run, matrix.values, x, bias)
+    y, pull = jax.vjp(run, matrix.values, x, bias, addend)
     return y, *pull(dy)
 
 
 def check(case, implementation, matrix, dense, rng, dtype=jnp.float32, tolerance=2e-5):
     x, bias = images(case, rng, dtype), jnp.asarray(rng.standard_normal(case.m), dtype)
-    dy = jnp.asarray(rng.standard_normal((case.m, *case.window.outputs, case.batch)), dtype)
-    y, dvalues, dx, dbias = value_and_gradients(matrix, x, bias, dy, case, implementation)
-    assert [a.dtype for a in (y, dvalues, dx, dbias)] == [dtype] * 4
-    expected, dy = reference(case, dense, x, bias), np.asarray(dy, np.float64)
+    dy, addend = jnp.asarray(rng.standard_normal((2, case.m, *case.window.outputs, case.batch)), dtype)
+    y, dvalues, dx, dbias, daddend = value_and_gradients(matrix, x, bias, addend, dy, case, implementation)
+    assert [a.dtype for a in (y, dvalues, dx, dbias, daddend)] == [dtype] * 5
+    expected, dy = reference(case, dense, x, bias) + np.asarray(addend, np.float64), np.asarray(dy, np.float64)
     if case.activation == "relu":
         dy, expected = dy * (expected > 0), np.maximum(expected, 0)
     dw, *others = reference(case, dense, x, bias, dy)
     stored = np.asarray(pk.to_dense(pk.RowGrouped(jnp.ones_like(dvalues), matrix.topology)), np.float64)
     spread = np.asarray(pk.to_dense(pk.RowGrouped(dvalues, matrix.topology)), np.float64)
-    for found, wanted in zip((y, spread, dx, dbias), (expected, dw * stored, *others), strict=True):
+    for found, wanted in zip((y, spread, dx, dbias, daddend), (expected, dw * stored, *others, dy), strict=True):
         wanted = np.asarray(wanted)
         assert found.shape == wanted.shape
         scale = np.abs(wanted).max(initial=1e-30)
@@ -198,7 +205,7 @@ def test_what_is_not_finite_and_unused_never_leaks(implementation):
     x = np.array(images(case, rng))
     x[1] = np.nan
     bias, dy = jnp.zeros(30), np.ones((30, 5, 6, 3), np.float32)
-    y, dvalues, dx, _ = value_and_gradients(matrix, jnp.asarray(x), bias, dy, case, implementation)
+    y, dvalues, dx, *_ = value_and_gradients(matrix, jnp.asarray(x), bias, None, dy, case, implementation)
     x[1] = 0
     np.testing.assert_allclose(y, reference(case, dense, x, bias), rtol=1e-4, atol=1e-5)
     assert np.isfinite(dvalues).all()
@@ -380,6 +387,8 @@ def test_errors():
         conv(matrix, x, dilation=4, padding="VALID")
     with pytest.raises(ValueError, match=r"bias must have shape \(37,\)"):
         conv(matrix, x, bias=jnp.ones(5))
+    with pytest.raises(ValueError, match=r"addend must have the result's shape \(3, 7, 9, 37\), got \(37, 7, 9, 3\)"):
+        conv(matrix, x.T.swapaxes(1, 2), layout="NHWC", addend=jnp.ones((37, 7, 9, 3)))
     with pytest.raises(ValueError, match="x must be floating"):
         conv(matrix, x.astype(jnp.int32))
     with pytest.raises(ValueError, match="implementation must be None or one of"):

@@ -61,6 +61,10 @@ def test_dtypes_and_epilogues_lower_for_cuda(dtype, activation):
     matrix, x, bias = operands(128, dtype)
     assert "mosaic_gpu" in lower(forward(None, activation), matrix, x, None)
     assert "mosaic_gpu" in lower(forward(None, activation, "token_major"), matrix, x.T, bias)
+    added = functools.partial(pk.matmul, layout="feature_major", implementation="mosaic_gpu", activation=activation)
+    text = lower(lambda matrix, x, addend: added(matrix, x, addend=addend), matrix, x, jnp.zeros((300, 520), dtype))
+    assert "mosaic_gpu" in text
+    assert "stablehlo.add" not in text
 
 
 @pytest.mark.parametrize("size", [1, 3])
@@ -166,9 +170,13 @@ class Machine:
                 get_signless=lambda bits: bits)),
             "_i32": int, "_i64": int, "_wide": lambda value: value, "_scalar": lambda value: value,
             "_shared": lambda ref: ref, "_global": lambda ref: ref, "_emit": self.emit,
-            "_row_array": lambda values, *_, **__: array(*values),
+            "_load_words": self.load_words, "_row_array": lambda values, *_, **__: array(*values),
         }.items():  # fmt: skip
             monkeypatch.setattr(ptx, name, value)
+
+    def load_words(self, address, live):
+        at = [np.where(live, address + 4 * j, ZEROS) for j in range(4)]
+        return [np.vectorize(self.memory.__getitem__)(a) for a in at]
 
     def emit(self, text, operands, result=None):
         if "ld." in text:
@@ -274,6 +282,21 @@ def test_store_puts_every_pair_where_its_row_says(monkeypatch, height, width, fi
         if stored[i] < m and first_token + j < tokens
     }
     assert machine.written == want
+    # What is stored is what `load_rows` loads, zeros where nothing was stored.
+    types_of = types.SimpleNamespace
+    monkeypatch.setattr(ptx, "fa", types_of(
+        WGMMA_LAYOUT=types_of(registers_shape=layouts.WGMMA_LAYOUT.registers_shape),
+        FragmentedArray=lambda _registers, **_: _registers,
+    ))  # fmt: skip
+    kinds = {"MemRefType": lambda kind: types_of(element_type=None), "VectorType": types_of(get=lambda *_: None)}
+    monkeypatch.setattr(ptx, "ir", types_of(IntegerType=ptx.ir.IntegerType, **kinds))
+    monkeypatch.setattr(ptx, "_global", lambda ref: y)
+    machine.memory |= {ZEROS: 0} | want
+    loaded = ptx.load_rows(types_of(type=None), rows, array(first_token), height=height, width=width, m=m,
+                           tokens=tokens)  # fmt: skip
+    address = [y + 2 * (stored[r // 1000] * tokens + first_token + r % 1000) for r in registers]
+    for found, at in zip(loaded.reshape(-1), address, strict=True):
+        np.testing.assert_array_equal(found, [want.get(a, 0) for a in at])
 
 
 def test_registers_come_in_the_order_the_store_expects():
@@ -296,9 +319,12 @@ def hopper():
 def test_products_on_a_gpu(hopper, v, config, dtype):
     for activation, equal, n in ((None, False, 520), ("gelu", True, 264), ("silu", False, 1048), ("relu", False, 264)):
         matrix, x, bias = operands(v, dtype, m=700, k=333, n=n, equal=equal)
-        got = np.asarray(forward(config, activation)(matrix, x, bias).astype(jnp.float32), np.float64)
-        w, x, bias = (np.asarray(a.astype(jnp.float32), np.float64) for a in (to_dense(matrix), x, bias))
-        y = jnp.asarray(w @ x + bias[:, None])
+        addend = jax.random.normal(jax.random.key(3), (700, n), dtype)
+        got = np.asarray(forward(config, activation)(matrix, x, bias, addend=addend).astype(jnp.float32), np.float64)
+        w, x, bias, addend = (
+            np.asarray(a.astype(jnp.float32), np.float64) for a in (to_dense(matrix), x, bias, addend)
+        )
+        y = jnp.asarray(w @ x + bias[:, None] + addend)
         want = np.asarray({None: y, "gelu": jax.nn.gelu(y), "silu": jax.nn.silu(y), "relu": jax.nn.relu(y)}[activation])
         assert np.linalg.norm(got - want) <= 4e-3 * np.linalg.norm(want)
         np.testing.assert_allclose(got, want, atol=0.02 * np.abs(want).max())
