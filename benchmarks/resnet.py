@@ -6,6 +6,7 @@ last mean, and no layer transposes them.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -15,6 +16,8 @@ from flax import linen as nn
 from jax import lax
 
 import pallas_kernels
+from pallas_kernels import timing, tune, windows
+from shfl_jax.compress import SLOWEST
 
 STAGES = (3, 4, 6, 3)
 EPSILON = 1e-5
@@ -58,6 +61,20 @@ def blocks(stages: tuple[int, ...] = STAGES, width: int = 64) -> Iterator[Block]
                 ),
                 None if j else Conv(f"{name}_shortcut", 4 * wide, 1, stride),
             )
+
+
+def convolutions(
+    image: int = 224, stages: tuple[int, ...] = STAGES, width: int = 64
+) -> Iterator[tuple[Conv, int, int]]:
+    """Every convolution in order, with the channels and the side of the images that it gets."""
+    yield STEM._replace(features=width), 3, image
+    channels, image = width, -(-image // 4)  # the stem's stride and the pooling's
+    for block in blocks(stages, width):
+        if block.shortcut is not None:
+            yield block.shortcut, channels, image
+        for conv in block.convs:
+            yield conv, channels, image
+            channels, image = conv.features, -(-image // conv.stride)
 
 
 class ResNet(nn.Module):
@@ -169,6 +186,76 @@ def channels_first(
 
     x = _network(unit, x.transpose(3, 1, 2, 0), stages, width)
     return _head(units["head"], x.mean((1, 2)).T)
+
+
+def random_units(
+    batch: int, sparsity: float, group_size: int, dtype: str = "bfloat16",
+    image: int = 224, stages: tuple[int, ...] = STAGES, width: int = 64, classes: int = 1000,
+) -> tuple[dict[str, Any], dict[str, Any]]:  # fmt: skip
+    """Random units of a network pruned but for its stem, with dense filters and with row-grouped ones.
+
+    A convolution that `pallas_kernels.predict` knows to be slower than dense ones has dense filters in both.
+    """
+    masked: dict[str, Any] = {}
+    compressed: dict[str, Any] = {}
+    device = jax.devices()[0].device_kind
+    for i, (conv, channels, side) in enumerate(convolutions(image, stages, width)):
+        m, size = conv.features, (conv.kernel, conv.kernel)
+        window = windows.window((side, side), channels, size, conv.stride, conv.padding, 1)
+        v = min(group_size, m)
+        filters = tune.random_matrix(m, window.features, 0.0 if i == 0 else sparsity, v, dtype=dtype, seed=i)
+        kernel = pallas_kernels.to_dense(filters).T.reshape(*size, channels, m)
+        bias = 0.1 * jax.random.normal(jax.random.key(i), (m,), dtype)
+        prediction = pallas_kernels.predict(
+            m, window.features, window.positions * batch, slots=filters.topology.num_slots, group_size=v,
+            dtype=dtype, device=device, taps=conv.kernel**2,
+        )  # fmt: skip
+        pays = i > 0 and (prediction is None or prediction.speedup >= SLOWEST)
+        masked[conv.name] = {"kernel": kernel, "bias": bias}
+        compressed[conv.name] = {
+            "kernel": pallas_kernels.prepare(filters, None, window) if pays else kernel,
+            "bias": bias,
+        }
+    features = 4 * width * 2 ** (len(stages) - 1)
+    kernel = jax.random.normal(jax.random.key(0), (features, classes), dtype) * features**-0.5
+    masked["head"] = compressed["head"] = {"kernel": kernel, "bias": jnp.zeros(classes, dtype)}
+    return masked, compressed
+
+
+def measure(batch: int, sparsity: float, group_size: int, time_us: Callable, image: int = 224, **size) -> list[dict]:
+    """The records of the whole network, forward, dense and compressed.
+
+    Args:
+        batch: images.
+        sparsity: of every convolution but the stem.
+        group_size: V, or as many rows as a layer has.
+        time_us: the time and the number of kernels of a compiled function, and of sets of its arguments.
+        image: side of the images.
+        **size: stages, width and classes.
+    """
+    masked, compressed = random_units(batch, sparsity, group_size, image=image, **size)
+    x = jax.random.normal(jax.random.key(1), (batch, image, image, 3), "bfloat16")
+    run = {name: functools.partial(f, **{k: v for k, v in size.items() if k != "classes"})
+           for name, f in (("dense", dense), ("channels_first", channels_first))}  # fmt: skip
+    wanted = run["dense"](jax.tree.map(lambda a: a.astype(jnp.float32), masked), x[:8].astype(jnp.float32))
+    base: dict[str, Any] = {"op": "model", "case": f"resnet50/batch{batch}/{sparsity:g}/V{group_size}", "batch": batch}
+    records: list[dict[str, Any]] = []
+    for form, layout, units in (
+        ("dense", "NHWC", masked), ("channels_first", "CHWN", masked), ("channels_first", "CHWN", compressed),
+    ):  # fmt: skip
+        function = jax.jit(run[form]).lower(units, x).compile()
+        y = jax.block_until_ready(function(units, x))
+        calls = timing.interleaved_us({"": lambda function=function, units=units: function(units, x)}, runs=10)
+        found, kernels = time_us(function, [(units, x), (units, x)])
+        error = jnp.linalg.norm(y[:8].astype(jnp.float32) - wanted) / jnp.linalg.norm(wanted)
+        sparse = [name for name, unit in units.items() if isinstance(unit["kernel"], pallas_kernels.RowGrouped)]
+        records.append(base | {
+            "pattern": "shfl_bw" if sparse else "dense", "layout": layout, "sparsity": sparsity if sparse else 0.0,
+            "group_size": group_size if sparse else 0, "compressed_layers": len(sparse),
+            "time_us": found, "call_us": calls[""], "kernels": kernels, "relative_error": float(error),
+        })  # fmt: skip
+    fastest = min(record["time_us"] for record in records if record["pattern"] == "dense")
+    return [record | {"dense_time_us": fastest, "speedup": fastest / record["time_us"]} for record in records]
 
 
 def _head(head: Mapping[str, jax.Array], x: jax.Array) -> jax.Array:

@@ -3,6 +3,7 @@
 A convolution (`pallas_kernels.conv`) is the same operation with another gather, and takes the same way.
 """
 
+import dataclasses
 import functools
 from types import ModuleType
 from typing import Any, Literal, NamedTuple
@@ -27,8 +28,7 @@ BACKENDS: dict[str, ModuleType] = {"mosaic_gpu": mosaic_gpu, "triton": triton, "
 CONV_BACKENDS: dict[str, ModuleType] = {"mosaic_gpu": mosaic_gpu_conv, "triton": triton_conv, "xla": xla_conv}
 # What `implementation=None` tries on each platform, fastest first; every other platform uses XLA.
 PREFERENCE: dict[str, tuple[str, ...]] = {"cuda": ("mosaic_gpu", "triton")}
-# Triton's convolutions have not run on a GPU yet, so they are taken by name alone.
-CONV_PREFERENCE: dict[str, tuple[str, ...]] = {}
+CONV_PREFERENCE = PREFERENCE
 FALLBACK = "xla"
 
 
@@ -105,27 +105,36 @@ def matmul(
     return y.reshape(*tokens, topology.m) if layout == "token_major" else y.reshape(topology.m, *tokens)
 
 
-def prepare(matrix: RowGrouped, implementation: str | None = None) -> RowGrouped:
+def prepare(matrix: RowGrouped, implementation: str | None = None, window: Window | None = None) -> RowGrouped:
     """Arranges a canonical matrix for one implementation, once and on the host. It stands for the same weights.
 
     Args:
         matrix: a canonical matrix; leading axes (stacked layers) are allowed.
         implementation: a name in `BACKENDS`; None takes the first choice of the default backend's platform.
+        window: the geometry of the convolution that the matrix is for, of images of one size: its kernel on a GPU then
+            need not work out where the slots point in every call. None for products, and where images vary.
 
     Returns:
-        The same matrix in the implementation's own arrangement. Only `matmul` and `to_dense` read it.
+        The same matrix in the implementation's own arrangement. Only `matmul`, `conv2d` and `to_dense` read it.
 
     Raises:
-        ValueError: the implementation is unknown, or the matrix is prepared already.
+        ValueError: the implementation is unknown, the matrix is prepared already, or the window does not fit it.
     """
     _check_implementation(implementation)
-    if matrix.topology.counts is not None:
+    if matrix.topology.counts is not None or matrix.topology.places is not None:
         raise ValueError("the matrix is prepared already: prepare the canonical one, as compressed or loaded")
+    if window is not None and (window.features != matrix.topology.k or matrix.values.ndim > 2):
+        raise ValueError(f"values {matrix.values.shape} of a matrix {matrix.shape} are no filters for {window}")
     if implementation is not None:
-        return two_four.call(BACKENDS[implementation], "prepare", matrix)
-    platform = jax.default_backend()  # JAX calls CUDA "gpu" here, and "cuda" where it lowers
-    names = PREFERENCE.get("cuda" if platform == "gpu" else platform, ())
-    return _first_able(BACKENDS, names, "prepare", matrix)
+        prepared = two_four.call(BACKENDS[implementation], "prepare", matrix)
+    else:
+        platform = jax.default_backend()  # JAX calls CUDA "gpu" here, and "cuda" where it lowers
+        names = PREFERENCE.get("cuda" if platform == "gpu" else platform, ())
+        prepared = _first_able(BACKENDS, names, "prepare", matrix)
+    if window is None or window.is_matmul:
+        return prepared
+    places = triton_conv.slot_places(prepared.topology, window)
+    return RowGrouped(prepared.values, dataclasses.replace(prepared.topology, places=places, window=window))
 
 
 def _validate(matrix, x, bias, addend, activation, layout, implementation) -> None:
@@ -181,7 +190,11 @@ def _first_able(backends: dict[str, ModuleType], names: tuple[str, ...], functio
     """Calls `function` of the first implementation named that does not raise NotImplementedError, else of XLA."""
     for name in names:
         pays = getattr(backends[name], "pays", None)
-        if function == "forward" and pays is not None and not pays(*args[:2], kwargs["layout"]):
+        if (
+            function == "forward"
+            and pays is not None
+            and not pays(*args[:2], kwargs.get("layout", kwargs.get("window")))
+        ):
             continue
         try:
             return _call(backends[name], function, *args, **kwargs)

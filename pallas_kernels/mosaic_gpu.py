@@ -75,7 +75,7 @@ def call(matrix, ids, x, bias, addend, *, activation, config, window=None):
         segments=topology.segments,
         activation=activation,
         config=config,
-        multiprocessors=_multiprocessors(),
+        multiprocessors=multiprocessors(),
         window=window,
     )
     args = (matrix.values, ids, topology.rows, x)
@@ -108,7 +108,7 @@ def pays(matrix, x, layout) -> bool:
     try:
         n = x.shape[0 if layout == "token_major" else 1]
         tiles = matrix.topology.num_groups * -(-n // heuristic(matrix.topology.group_size, n).block_tokens)
-        return tiles >= _multiprocessors()
+        return tiles >= multiprocessors()
     except NotImplementedError:
         return False
 
@@ -130,7 +130,7 @@ def check(topology, dtype) -> None:
         raise NotImplementedError(f"the Mosaic kernel computes in bfloat16 and float16, got {jnp.dtype(dtype).name}")
 
 
-def _multiprocessors() -> int:
+def multiprocessors() -> int:
     """How many multiprocessors the Hopper GPU has that is lowered for; NotImplementedError for another or none."""
     device = jax.sharding.get_abstract_mesh().abstract_device
     if device is not None:

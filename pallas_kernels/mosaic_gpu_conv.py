@@ -4,7 +4,7 @@ The product of `pallas_kernels.mosaic_gpu` with another gather: it addresses the
 `pallas_kernels.triton_conv` does. Derivatives are Triton's.
 """
 
-import jax.numpy as jnp
+import dataclasses
 
 from pallas_kernels import mosaic_gpu, triton_conv, triton_tiles
 
@@ -35,14 +35,27 @@ def forward(matrix, x, bias, *, window, activation, precision, addend=None, conf
     triton_conv.check_window(window)
     if batch == 0 or batch % triton_tiles.VECTOR:
         raise NotImplementedError(f"the Mosaic kernel needs images in multiples of 8, got {batch}")
-    if config is None:
-        config = mosaic_gpu.heuristic(topology.group_size, window.positions * batch)
-    pixels, bits = triton_conv.slot_tables(topology, window)
-    ids = jnp.stack([pixels, bits], axis=-1).reshape(-1) if window.is_padded else pixels
-    x = x.reshape(-1, batch)
+    config = heuristic(topology.group_size) if config is None else config
+    ids, x = triton_conv.slot_places(topology, window).reshape(-1), x.reshape(-1, batch)
     return mosaic_gpu.call(matrix, ids, x, bias, addend, activation=activation, config=config, window=window)
 
 
 def forward_two_four(matrix, x, bias, **kwargs):
     """Raises NotImplementedError: this backend has no kernel for 2:4."""
     raise NotImplementedError("the Mosaic kernel does no 2:4")
+
+
+def heuristic(group_size: int):
+    """The config for a group size; measured, see docs/kernels.md."""
+    config = mosaic_gpu.heuristic(group_size, mosaic_gpu.FEWEST_TOKENS)
+    return dataclasses.replace(config, ahead=2) if group_size == 64 else config
+
+
+def pays(matrix, x, window) -> bool:
+    """Whether there is a tile for every other multiprocessor; with fewer, Triton's smaller tiles keep more busy."""
+    try:
+        tokens = window.positions * x.shape[-1]
+        tiles = matrix.topology.num_groups * -(-tokens // heuristic(matrix.topology.group_size).block_tokens)
+        return 2 * tiles >= mosaic_gpu.multiprocessors()
+    except NotImplementedError:
+        return False

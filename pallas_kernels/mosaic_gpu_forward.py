@@ -201,16 +201,31 @@ def _body(
         height, wide = (v // 2, c.block_tokens) if c.split == "rows" else (v, c.block_tokens // 2)
         rows_first, tokens_first = (height, 0) if c.split == "rows" else (0, wide)
         row_layout = plgpu.Layout.WGMMA.reduce(1)
-        load_rows = functools.partial(ptx.stored_rows, count=height, layout=row_layout)
         store = functools.partial(ptx.store_rows, m=m, tokens=n)
         wait = _inline(functools.partial(ptx.wait, stages=c.stages), plain, splat)
 
-        def multiply(i, step):
-            steps, group, token_tile = entry(i, 1), entry(i, 2), entry(i, 3)
-            # Long before they are needed, so that the epilogue does not wait for them.
-            targets = _inline(
-                load_rows, plain, splat, result=plgpu.ShapeDtypeStruct((height,), jnp.int32, layout=row_layout)
-            )(rows, group * v + warpgroup * rows_first)
+        def of_rows(dtype):
+            return plgpu.ShapeDtypeStruct((height,), dtype, layout=row_layout)
+
+        def header(i):
+            """Steps, group and token tile of a tile; behind the last one zeros."""
+            i = jnp.minimum(i, count)
+            return entry(i, 1), entry(i, 2), entry(i, 3)
+
+        def targets_of(group):
+            load = functools.partial(ptx.stored_rows, count=height, layout=row_layout)
+            return _inline(load, plain, splat, result=of_rows(jnp.int32))(rows, group * v + warpgroup * rows_first)
+
+        def offsets_of(targets):
+            if not has_bias:
+                return None
+            load = functools.partial(ptx.row_bias, m=m, layout=row_layout)
+            return _inline(load, plain, row_layout, result=of_rows(jnp.float32))(bias, targets)
+
+        def multiply(i, carry):
+            # What the epilogue reads comes a tile before it is needed: header, rows and bias are a chain of loads.
+            step, steps, token_tile, targets, offsets, (next_steps, next_group, next_tile) = carry
+            next_targets, after_next = targets_of(next_group), header(i + 2)
 
             def accumulate(acc):
                 def one(k, _):
@@ -239,12 +254,8 @@ def _body(
                 return acc[...]
 
             out = pl.run_scoped(accumulate, plgpu.ACC((height, wide), jnp.float32))
+            next_offsets = offsets_of(next_targets)
             if has_bias:
-                load_bias = functools.partial(ptx.row_bias, m=m, layout=row_layout)
-                offsets = _inline(
-                    load_bias, plain, row_layout,
-                    result=plgpu.ShapeDtypeStruct((height,), jnp.float32, layout=row_layout),
-                )(bias, targets)  # fmt: skip
                 out = out + lax.broadcast_in_dim(offsets, (height, wide), (0,))
             first_token = token_tile * c.block_tokens + warpgroup * tokens_first
             if has_addend:
@@ -256,9 +267,12 @@ def _body(
                 out = out + added.astype(jnp.float32)
             out = ACTIVATIONS[activation](out).astype(x.dtype)
             _inline(store, plain, plgpu.Layout.WGMMA, row_layout, splat)(y, out, targets, first_token)
-            return step + steps
+            return step + steps, next_steps, next_tile, next_targets, next_offsets, after_next
 
-        lax.fori_loop(0, count, multiply, jnp.int32(0))
+        steps, group, token_tile = header(0)
+        targets = targets_of(group)
+        carry = jnp.int32(0), steps, token_tile, targets, offsets_of(targets), header(1)
+        lax.fori_loop(0, count, multiply, carry)
 
 
 def _producer(

@@ -130,6 +130,14 @@ def slot_tables(topology: Topology, window: Window) -> tuple[jax.Array, jax.Arra
     return pixels.astype(jnp.int32), bits.astype(jnp.int32)
 
 
+def slot_places(topology: Topology, window: Window) -> jax.Array:
+    """Where the slots point, in one array: (P, 2) int32 of `slot_tables`, or without borders (P,) of its first."""
+    if topology.places is not None and topology.window == window:
+        return topology.places
+    pixels, bits = slot_tables(topology, window)
+    return jnp.stack([pixels, bits], axis=-1) if window.is_padded else pixels
+
+
 def check_window(window: Window) -> None:
     """Raises NotImplementedError for filters and images that `slot_tables` cannot describe."""
     if sum(window.kernel) > MAX_TAPS:

@@ -41,5 +41,10 @@ def test_the_program_runs_and_resumes(tmp_path, capsys, monkeypatch):
     capsys.readouterr()
     conv.main(arguments)
     assert capsys.readouterr().out == ""
+    conv.main(["--size", "tiny", "--model", "--out", str(out)])
+    models = json.loads(out.read_text())["records"][len(records) :]
+    assert [(r["pattern"], r["layout"]) for r in models] == [("dense", "NHWC"), ("dense", "CHWN"), ("shfl_bw", "CHWN")]
+    assert all(r["relative_error"] < 3e-2 and r["time_us"] > 0 for r in models)
+    assert models[-1]["compressed_layers"] == 4
     with pytest.raises(SystemExit):
         conv.main([])

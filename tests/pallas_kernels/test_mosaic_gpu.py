@@ -72,7 +72,19 @@ def test_convolutions_lower_for_cuda(size):
     window = windows.window((9, 7), 8, (size, size), 2, "SAME", 1)
     matrix, _, bias = operands(64, k=window.features)
     call = functools.partial(mosaic_gpu_conv.forward, window=window, activation="relu", precision=None)
-    assert "mosaic_gpu" in lower(call, matrix, jnp.zeros((8, 9, 7, 16), jnp.bfloat16), bias)
+    x = jnp.zeros((8, 9, 7, 16), jnp.bfloat16)
+    text = lower(call, matrix, x, bias)
+    assert "mosaic_gpu" in text
+    assert "stablehlo.divide" in text or "remainder" in text  # where the slots point, from the columns
+    filters = tune.random_matrix(300, window.features, 0.5, 64, equal=False, dtype="bfloat16")
+    for prepared in (pk.prepare(filters, "mosaic_gpu", window), pk.prepare(filters, "triton", window)):
+        text = lower(call, prepared, x, bias)
+        assert "mosaic_gpu" in text
+        assert "remainder" not in text
+    with pytest.raises(ValueError, match="are no filters for Window"):
+        pk.prepare(filters, "mosaic_gpu", dataclasses.replace(window, channels=9))
+    with pytest.raises(ValueError, match="prepared already"):
+        pk.prepare(matrix, "mosaic_gpu", window)
     with gpu_mesh(), pytest.raises(NotImplementedError, match="multiples of 8, got 12"):
         call(matrix, jnp.zeros((8, 9, 7, 12), jnp.bfloat16), bias)
 
