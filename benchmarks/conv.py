@@ -310,6 +310,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--minutes", type=float, default=7.5)
     parser.add_argument("--acceptance", action="store_true", help="only the cases of the acceptance table")
     parser.add_argument("--model", action="store_true", help="only ResNet-50 whole, measured anew")
+    parser.add_argument(
+        "--table", action="store_true", help="measure nothing, write the table of the results for `predict_convolution`"
+    )
     parser.add_argument("--size", choices=("resnet50", "tiny"), default="resnet50")
     parser.add_argument("--out", type=pathlib.Path)
     options = parser.parse_args(argv)
@@ -321,10 +324,23 @@ def main(argv: Sequence[str] | None = None) -> None:
     todo = todo[: len(layers)] if options.acceptance else todo
     device = configs.device_name(jax.devices()[0].device_kind)
     out = options.out or RESULTS / device / ("conv_tiny.json" if tiny else "conv.json")
-    if options.model:
+    if options.table:
+        write_table(json.loads(out.read_text())["records"], configs.TABLES / f"{device}-conv.json")
+    elif options.model:
         run_models(out, {"batches": (2,), "image": 20, "stages": (1,), "width": 8, "classes": 5} if tiny else {})
     else:
         run(todo, out, options.minutes)
+
+
+def write_table(records: list[dict], path: pathlib.Path) -> None:
+    """Writes the table of `pallas_kernels.conv_cost`."""
+    entries = []
+    for r in records:
+        if r["op"] == "conv2d" and r.get("default") and r["layout"] == "CHWN" and r["time_us"]:
+            slots = -(-r["m"] // r["group_size"]) * round(r["k"] * (1 - r["sparsity"]))
+            entry = {key: r[key] for key in ("m", "k", "n", "group_size", "dtype", "time_us", "dense_time_us")}
+            entries.append({"taps": r["kernel_size"][0] * r["kernel_size"][1], "slots": slots} | entry)
+    path.write_text(json.dumps({"device": path.stem, "entries": entries}, indent=1) + "\n")
 
 
 def run_models(out: pathlib.Path, size: dict[str, Any]) -> None:

@@ -194,7 +194,7 @@ def random_units(
 ) -> tuple[dict[str, Any], dict[str, Any]]:  # fmt: skip
     """Random units of a network pruned but for its stem, with dense filters and with row-grouped ones.
 
-    A convolution that `pallas_kernels.predict` knows to be slower than dense ones has dense filters in both.
+    A convolution that `pallas_kernels.predict_convolution` says is slower than dense has dense filters in both.
     """
     masked: dict[str, Any] = {}
     compressed: dict[str, Any] = {}
@@ -206,9 +206,9 @@ def random_units(
         filters = tune.random_matrix(m, window.features, 0.0 if i == 0 else sparsity, v, dtype=dtype, seed=i)
         kernel = pallas_kernels.to_dense(filters).T.reshape(*size, channels, m)
         bias = 0.1 * jax.random.normal(jax.random.key(i), (m,), dtype)
-        prediction = pallas_kernels.predict(
-            m, window.features, window.positions * batch, slots=filters.topology.num_slots, group_size=v,
-            dtype=dtype, device=device, taps=conv.kernel**2,
+        prediction = pallas_kernels.predict_convolution(
+            m, window.features, window.positions * batch, taps=conv.kernel**2, slots=filters.topology.num_slots,
+            group_size=v, dtype=dtype, device=device,
         )  # fmt: skip
         pays = i > 0 and (prediction is None or prediction.speedup >= SLOWEST)
         masked[conv.name] = {"kernel": kernel, "bias": bias}

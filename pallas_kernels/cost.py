@@ -34,33 +34,32 @@ class Prediction(NamedTuple):
 
 def predict(
     m: int, k: int, n: int, *, slots: int, group_size: int, dtype: str = "bfloat16", equal: bool = True,
-    layout: Literal["token_major", "feature_major"] = "token_major", device: str | None = None, taps: int | None = None,
+    layout: Literal["token_major", "feature_major"] = "token_major", device: str | None = None,
 ) -> Prediction | None:  # fmt: skip
-    """Predicts one forward product, or a convolution with channels first.
+    """Predicts one forward product.
 
     Args:
         m: output features.
         k: input features.
-        n: tokens; of a convolution output pixels times images.
+        n: tokens.
         slots: kept columns over all groups.
         group_size: rows of a group.
         dtype: of values and activations.
         equal: whether the groups have equal counts.
-        layout: of a product's activations; token-major ones are transposed before and after the sparse product.
+        layout: of the activations; token-major ones are transposed before and after the sparse product.
         device: a device kind, as `jax.Device.device_kind`.
-        taps: of a convolution's filters (1 x 1 has one), None for a product.
 
     Returns:
         The two times, or None where the device has no table or the table nothing of this group size and dtype.
     """
     problem = Problem("forward", m, k, n, slots, group_size, jnp_name(dtype), equal)
-    entry = _nearest(problem, device, taps)
+    entry = _nearest(problem, device)
     if entry is None:
         return None
     measured = Problem(**{field.name: entry[field.name] for field in dataclasses.fields(Problem)})
     sparse = entry["time_us"] * _sparse_roofline(problem) / _sparse_roofline(measured)
     dense = entry["dense_time_us"] * _dense_roofline(problem) / _dense_roofline(measured)
-    if layout == "token_major" and n > 1 and taps is None:
+    if layout == "token_major" and n > 1:
         moved = 2 * (m + k) * n * problem.itemsize
         sparse += LAUNCH_US + moved / TRANSPOSE_BYTES_PER_US
     return Prediction(sparse, dense)
@@ -71,10 +70,8 @@ def jnp_name(dtype) -> str:
     return dtype if isinstance(dtype, str) else getattr(dtype, "name", None) or dtype.__name__
 
 
-def _nearest(problem: Problem, device: str | None, taps: int | None) -> dict | None:
-    entries = configs.entries(device if taps is None else f"{device} conv") if device else ()
-    if taps is not None:  # what one tap costs says nothing about several, nor the other way round
-        entries = [entry for entry in entries if (entry["taps"] == 1) == (taps == 1)]
+def _nearest(problem: Problem, device: str | None) -> dict | None:
+    entries = configs.entries(device) if device else ()
     same = ("op", "group_size", "dtype")
     best, best_distance = None, math.inf
     for entry in entries:

@@ -57,7 +57,8 @@ def compress(
         masks: the masks to apply.
         tokens: the token counts N the model will run with. A layer predicted to run below `SLOWEST` of dense at one of
             them stays dense, where the default device has a table of measurements (`pallas_kernels.predict`). A mapping
-            holds those of each layer by its path: a convolution has as many as its output has pixels in all images.
+            holds those of each layer by its path: a convolution has as many as all of its output images have pixels
+            (`pallas_kernels.predict_convolution`, which knows convolutions with channels first).
         dtype: what the layers compute in, for that prediction; None: the dtype of their kernels. For a dtype that was
             never measured bfloat16's speed-up is assumed. Storage keeps its own dtype.
 
@@ -101,19 +102,21 @@ def compress(
 
 def _why_slower(matrix: RowGrouped, spec: LayerSpec, tokens: tuple[int, ...], dtype: str) -> str:
     """Why a layer would not pay at the declared token counts on the default device, "" if it would or nobody knows."""
-    device, topology = jax.devices()[0].device_kind, matrix.topology
-    problem = {
+    topology = matrix.topology
+    problem: dict[str, Any] = {
         "slots": topology.num_slots,
         "group_size": topology.group_size,
-        "equal": topology.equal_counts,
-        "device": device,
-        # The kernel of a convolution: its places, the channels and the features.
-        "taps": math.prod(spec.shape[axis] for axis in spec.in_axes[:-1]) if len(spec.in_axes) == 3 else None,
+        "device": jax.devices()[0].device_kind,
     }
+    if len(spec.in_axes) == 3:  # the kernel of a convolution: its places, the channels and the features
+        taps = math.prod(spec.shape[axis] for axis in spec.in_axes[:-1])
+        predict = functools.partial(pallas_kernels.predict_convolution, taps=taps, **problem)
+    else:
+        predict = functools.partial(pallas_kernels.predict, equal=topology.equal_counts, **problem)
     for n in tokens:
-        prediction = pallas_kernels.predict(*matrix.shape, n, dtype=dtype, **problem)
+        prediction = predict(*matrix.shape, n, dtype=dtype)
         if prediction is None:  # the ratio of another dtype is a better guess than none
-            prediction = pallas_kernels.predict(*matrix.shape, n, dtype="bfloat16", **problem)
+            prediction = predict(*matrix.shape, n, dtype="bfloat16")
         if prediction is not None and prediction.speedup < SLOWEST:
             return f"predicted at {prediction.speedup:.2f} of dense speed for {n} tokens"
     return ""
