@@ -166,9 +166,8 @@ def test_convolutions_are_looked_up_by_their_own_counts(monkeypatch):
 
     monkeypatch.setattr(pallas_kernels, "predict_convolution", predict)
     rng = np.random.default_rng(0)
-    specs = tuple(
-        LayerSpec(f"{name}/kernel", (3, 3, 4, 8), (), (0, 1, 2), (3,), VW(0.5, group_size=4)) for name in "ab"
-    )
+    shape, axes = (3, 3, 4, 8), ((), (0, 1, 2), (3,))
+    specs = tuple(LayerSpec(f"{name}/kernel", shape, *axes, VW(0.5, group_size=4)) for name in "ab")
     mask = Mask(jnp.arange(8, dtype=jnp.int32), jnp.asarray(rng.random((2, 36)) < 0.5), 8)
     params = {name: {"kernel": jnp.asarray(rng.normal(size=shape), jnp.float32)} for name in "ab"}
     masks = Masks({spec.path: mask for spec in specs}, specs)
