@@ -118,11 +118,22 @@ class Case:
 
 def cases(layers: Sequence[Layer] = RESNET50, suite: str = "resnet50", batches=BATCHES) -> Iterator[Case]:
     """All cases, those of the acceptance table first."""
-    yield from (Case(suite, layer, batches[0]) for layer in layers)
-    yield from (Case(suite, layer, batches[0], layout="NHWC") for layer in layers)  # what the transposes cost
-    yield from (Case(suite, layer, batches[0], counts="ragged") for layer in layers)
+    first, *others = batches
+
+    def of(batch: int = first, sparsity: float = 0.75, v: int = 64, **more) -> list[Case]:
+        return [Case(suite, layer, batch, sparsity, v, **more) for layer in layers if v <= max(64, layer.features)]
+
+    yield from of()
+    for batch in others:
+        yield from of(batch)
+    for v in GROUP_SIZES:
+        yield from of(v=v)
+    for sparsity in SPARSITIES:
+        yield from of(sparsity=sparsity)
+    yield from of(layout="NHWC")  # what the transposes cost
+    yield from of(counts="ragged")
     for batch, sparsity, v in itertools.product(batches, SPARSITIES, GROUP_SIZES):
-        yield from (Case(suite, layer, batch, sparsity, v) for layer in layers if v <= max(64, layer.features))
+        yield from of(batch, sparsity, v)
 
 
 def operands(case: Case, implementation: str) -> tuple:
@@ -327,7 +338,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if options.table:
         write_table(json.loads(out.read_text())["records"], configs.TABLES / f"{device}-conv.json")
     elif options.model:
-        run_models(out, {"batches": (2,), "image": 20, "stages": (1,), "width": 8, "classes": 5} if tiny else {})
+        run_models(out, {"batches": (2,), "image": 24, "stages": (1,), "width": 8, "classes": 5} if tiny else {})
     else:
         run(todo, out, options.minutes)
 
@@ -356,7 +367,7 @@ def run_models(out: pathlib.Path, size: dict[str, Any]) -> None:
         out.write_text(json.dumps(result, indent=1) + "\n")
         for r in new:
             print(
-                f"{r['case']} {r['pattern']} {r['layout']}: {r['time_us']:.0f} us in {r['kernels']} kernels "
+                f"{r['case']} {r['form']}: {r['time_us']:.0f} us in {r['kernels']} kernels "
                 f"({r['speedup']:.2f}), {r['call_us']:.0f} us a call",
                 flush=True,
             )

@@ -97,10 +97,6 @@ def conv2d(
     native, dtype = x.transpose(TO_NATIVE[layout]), jnp.result_type(filters.values, x)
     addend = None if addend is None else addend.transpose(TO_NATIVE[layout]).reshape(m, -1)
     values, native, bias, addend = jax.tree.map(lambda a: a.astype(dtype), (filters.values, native, bias, addend))
-    if window.is_matmul:
-        call = Call(activation, "feature_major", implementation, precision)
-        native = native.reshape(c, -1)
-    else:
-        call = Call(activation, "feature_major", implementation, precision, window)
+    call = Call(activation, "feature_major", implementation, precision, window)
     y = run(call, filters.topology, values, native, bias, addend)
     return y.reshape(m, *window.outputs, b).transpose(FROM_NATIVE[layout])

@@ -63,7 +63,7 @@ def call(matrix, ids, x, bias, addend, *, activation, config, window=None):
     Raises:
         NotImplementedError: the config, the matrix, the GPU or the version of JAX is none the kernel does.
     """
-    topology, kernel = matrix.topology, _kernel()
+    topology, kernel = matrix.topology, load_kernel()
     used = config.shared_memory(topology.group_size, ids.size // topology.num_slots)
     if used > kernel.SHARED_MEMORY:
         raise NotImplementedError(f"{config} takes {used} bytes of shared memory")
@@ -93,7 +93,7 @@ def forward_two_four(matrix, x, bias, *, activation, layout, precision):
 
 def heuristic(group_size: int, tokens: int):
     """The config for a group size and a number of tokens; measured, see docs/kernels.md."""
-    kernel = _kernel()
+    kernel = load_kernel()
     if group_size == 256:
         return kernel.Config(block_tokens=128, split="rows", band=4)
     if group_size == 128:
@@ -113,7 +113,7 @@ def pays(matrix, x, layout) -> bool:
         return False
 
 
-def _kernel() -> ModuleType:
+def load_kernel() -> ModuleType:
     """The kernel's module, imported when it is needed: other versions of JAX may lack what it imports."""
     try:
         return importlib.import_module("pallas_kernels.mosaic_gpu_forward")

@@ -1,16 +1,16 @@
 """Convolutions with a row-grouped filter matrix as a Pallas-Mosaic kernel for Hopper GPUs: implicit GEMM.
 
 The product of `pallas_kernels.mosaic_gpu` with another gather: it addresses the slots' rows of the right side as
-`pallas_kernels.triton_conv` does. Derivatives are Triton's.
+`pallas_kernels.triton_conv` does. With one tap for each pixel it is that product. Derivatives are Triton's.
 """
-
-import dataclasses
 
 from pallas_kernels import mosaic_gpu, triton_conv, triton_tiles
 
 grad_input = triton_conv.grad_input
 grad_values = triton_conv.grad_values
 ADDS = True  # `forward` takes an addend
+NARROW = 0.6  # what a tile of 128 tokens takes, of the time of one of 256
+FEW_STEPS = 4
 
 
 def forward(matrix, x, bias, *, window, activation, precision, addend=None, config=None):
@@ -35,8 +35,11 @@ def forward(matrix, x, bias, *, window, activation, precision, addend=None, conf
     triton_conv.check_window(window)
     if batch == 0 or batch % triton_tiles.VECTOR:
         raise NotImplementedError(f"the Mosaic kernel needs images in multiples of 8, got {batch}")
-    config = heuristic(topology.group_size) if config is None else config
-    ids, x = triton_conv.slot_places(topology, window).reshape(-1), x.reshape(-1, batch)
+    config = heuristic(topology, window, batch) if config is None else config
+    if window.is_matmul:
+        ids, x, window = topology.columns, x.reshape(topology.k, -1), None
+    else:
+        ids, x = triton_conv.slot_places(topology, window).reshape(-1), x.reshape(-1, batch)
     return mosaic_gpu.call(matrix, ids, x, bias, addend, activation=activation, config=config, window=window)
 
 
@@ -45,17 +48,31 @@ def forward_two_four(matrix, x, bias, **kwargs):
     raise NotImplementedError("the Mosaic kernel does no 2:4")
 
 
-def heuristic(group_size: int):
-    """The config for a group size; measured, see docs/kernels.md."""
-    config = mosaic_gpu.heuristic(group_size, mosaic_gpu.FEWEST_TOKENS)
-    return dataclasses.replace(config, ahead=2) if group_size == 64 else config
+def heuristic(topology, window, batch: int):
+    """The config for some filters and images; measured, see docs/kernels.md."""
+    kernel, v = mosaic_gpu.load_kernel(), topology.group_size
+    if v == 256:
+        return mosaic_gpu.heuristic(v, mosaic_gpu.FEWEST_TOKENS)
+    multiprocessors = mosaic_gpu.multiprocessors()
+    narrow, wide = (-(-_tiles(topology, window, batch, tokens) // multiprocessors) for tokens in (128, 256))
+    small = NARROW * narrow < wide
+    if v == 128:
+        return kernel.Config(block_tokens=128 if small else 256, stages=6 if small else 4, split="rows", band=4)
+    if small:
+        return kernel.Config(block_tokens=128, stages=8, ahead=2)
+    # A tile of few steps ends before a deep ring is full.
+    short = topology.max_count <= FEW_STEPS * kernel.BLOCK_K
+    return kernel.Config(block_tokens=256, stages=4 if short else 5, ahead=1 if short else 2)
 
 
 def pays(matrix, x, window) -> bool:
-    """Whether there is a tile for every other multiprocessor; with fewer, Triton's smaller tiles keep more busy."""
+    """Whether this kernel is faster than Triton's: with several taps, or enough tiles to make up for its slow start."""
     try:
-        tokens = window.positions * x.shape[-1]
-        tiles = matrix.topology.num_groups * -(-tokens // heuristic(matrix.topology.group_size).block_tokens)
-        return 2 * tiles >= mosaic_gpu.multiprocessors()
+        tiles, multiprocessors = _tiles(matrix.topology, window, x.shape[-1], 128), mosaic_gpu.multiprocessors()
     except NotImplementedError:
         return False
+    return tiles >= 3 * multiprocessors if window.kernel == (1, 1) else 4 * tiles >= multiprocessors
+
+
+def _tiles(topology, window, batch: int, block_tokens: int) -> int:
+    return topology.num_groups * -(-window.positions * batch // block_tokens)

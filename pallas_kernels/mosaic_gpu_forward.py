@@ -23,6 +23,7 @@ from pallas_kernels.windows import Window
 BLOCK_K = 64  # slots of a step: what one row of a swizzled tile holds along K
 SHARED_MEMORY = 227 * 1024 - 2048  # bytes for the stages and the ring of ids; barriers and alignment take the rest
 WARPGROUPS = 3
+MOST_EARLY = 64 * 128  # numbers of an accumulator beside which an addend fits twice into the registers
 TILE_COST = 2  # what a tile costs beside its steps, in steps; only weighs the tiles of a schedule against each other
 SQRT_2_PI = math.sqrt(2 / math.pi)
 # tanh is one instruction here; its error is below the rounding of a two-byte output.
@@ -222,10 +223,20 @@ def _body(
             load = functools.partial(ptx.row_bias, m=m, layout=row_layout)
             return _inline(load, plain, row_layout, result=of_rows(jnp.float32))(bias, targets)
 
+        def added_to(targets, token_tile):
+            load = functools.partial(ptx.load_rows, height=height, width=wide, m=m, tokens=n)
+            first_token = token_tile * c.block_tokens + warpgroup * tokens_first
+            return _inline(load, plain, row_layout, splat, result=loaded)(addend, targets, first_token)
+
+        loaded = plgpu.ShapeDtypeStruct((height, wide), x.dtype, layout=plgpu.Layout.WGMMA)
+        # The addend too is read a tile ahead, where that leaves registers.
+        early = has_addend and height * wide <= MOST_EARLY
+
         def multiply(i, carry):
             # What the epilogue reads comes a tile before it is needed: header, rows and bias are a chain of loads.
-            step, steps, token_tile, targets, offsets, (next_steps, next_group, next_tile) = carry
+            step, steps, token_tile, targets, offsets, added, (next_steps, next_group, next_tile) = carry
             next_targets, after_next = targets_of(next_group), header(i + 2)
+            next_added = added_to(next_targets, next_tile) if early else None
 
             def accumulate(acc):
                 def one(k, _):
@@ -259,19 +270,17 @@ def _body(
                 out = out + lax.broadcast_in_dim(offsets, (height, wide), (0,))
             first_token = token_tile * c.block_tokens + warpgroup * tokens_first
             if has_addend:
-                load = functools.partial(ptx.load_rows, height=height, width=wide, m=m, tokens=n)
-                added = _inline(
-                    load, plain, row_layout, splat,
-                    result=plgpu.ShapeDtypeStruct((height, wide), x.dtype, layout=plgpu.Layout.WGMMA),
-                )(addend, targets, first_token)  # fmt: skip
+                added = added if early else added_to(targets, token_tile)
+                added = _inline(ptx.exchange_rows, plgpu.Layout.WGMMA, result=loaded)(added)
                 out = out + added.astype(jnp.float32)
             out = ACTIVATIONS[activation](out).astype(x.dtype)
             _inline(store, plain, plgpu.Layout.WGMMA, row_layout, splat)(y, out, targets, first_token)
-            return step + steps, next_steps, next_tile, next_targets, next_offsets, after_next
+            return step + steps, next_steps, next_tile, next_targets, next_offsets, next_added, after_next
 
         steps, group, token_tile = header(0)
         targets = targets_of(group)
-        carry = jnp.int32(0), steps, token_tile, targets, offsets_of(targets), header(1)
+        added = added_to(targets, token_tile) if early else None
+        carry = jnp.int32(0), steps, token_tile, targets, offsets_of(targets), added, header(1)
         lax.fori_loop(0, count, multiply, carry)
 
 

@@ -178,19 +178,15 @@ def store_rows(y, tile, rows, first_token, *, m: int, tokens: int) -> None:
         m: M.
         tokens: N, a multiple of 8.
     """
-    i32 = ir.IntegerType.get_signless(32)
-    height, width = tile.shape
-    # What a thread holds more than one of: 64-row blocks, eight-token blocks, halves of its warp's 16 rows.
-    packed = _objects([utils.bitcast(r, i32) for r in tile.registers.flat]).reshape(height // 64, width // 8, 2)
-    quad = arith.remui(_thread(), _i32(4))
-    for block, i, half, address, live in _runs(y, rows, first_token, width, m, tokens):
+    packed, quad = _words(tile), arith.remui(_thread(), _i32(4))
+    for block, i, half, address, live in _runs(y, rows, first_token, tile.shape[1], m, tokens):
         words = _exchange(list(packed[block, i : i + 4, half]), quad)
         store = "{ .reg .pred live; setp.ne.b32 live, $5, 0; @live st.global.v4.b32 [$0], {$1, $2, $3, $4}; }"
         _emit(store, [address, *words, live])
 
 
 def load_rows(x, rows, first_token, *, height: int, width: int, m: int, tokens: int):
-    """Loads what `store_rows` would store: a (height, width) two-byte tile, zeros where it is out of range.
+    """Starts loading what `store_rows` would store: a (height, width) two-byte tile, zeros where it is out of range.
 
     Args:
         x: (M, tokens) in global memory.
@@ -202,18 +198,43 @@ def load_rows(x, rows, first_token, *, height: int, width: int, m: int, tokens: 
         tokens: N, a multiple of 8.
 
     Returns:
-        The tile in the layout of a wgmma accumulator.
+        The registers of the tile, as they come from memory: `exchange_rows` puts them in order when they are needed.
     """
     dtype = ir.MemRefType(x.type).element_type
-    quad = arith.remui(_thread(), _i32(4))
     packed = np.empty((height // 64, width // 8, 2), dtype=object)
     for block, i, half, address, live in _runs(x, rows, first_token, width, m, tokens):
-        # To exchange is its own inverse.
-        for j, word in enumerate(_exchange(_load_words(address, live), quad)):
-            packed[block, i + j, half] = utils.bitcast(word, ir.VectorType.get((2,), dtype))
-    layout = fa.WGMMA_LAYOUT
-    registers = packed.reshape(layout.registers_shape((height, width)))
-    return fa.FragmentedArray(_registers=registers, _layout=layout, _is_signed=None)
+        packed[block, i : i + 4, half] = _load_words(address, live)
+    return _accumulator(packed, dtype)
+
+
+def exchange_rows(tile):
+    """Puts what `load_rows` returned in the order of a wgmma accumulator."""
+    packed = _words(tile)
+    quad = arith.remui(_thread(), _i32(4))
+    for block, half in np.ndindex(packed.shape[0], 2):
+        for i in range(0, packed.shape[1], 4):
+            # To exchange is its own inverse.
+            packed[block, i : i + 4, half] = _exchange(list(packed[block, i : i + 4, half]), quad)
+    return _accumulator(packed, tile.mlir_dtype)
+
+
+def _words(tile):
+    """The 32-bit registers that a thread holds of a two-byte tile in the layout of a wgmma accumulator.
+
+    Returns:
+        An array of them: by 64-row block, eight-token block, and half of the warp's 16 rows.
+    """
+    height, width = tile.shape
+    words = _objects([utils.bitcast(r, ir.IntegerType.get_signless(32)) for r in tile.registers.flat])
+    return words.reshape(height // 64, width // 8, 2)
+
+
+def _accumulator(words, dtype):
+    """The inverse of `_words`."""
+    blocks, eights, _ = words.shape
+    registers = _objects([utils.bitcast(word, ir.VectorType.get((2,), dtype)) for word in words.flat])
+    registers = registers.reshape(fa.WGMMA_LAYOUT.registers_shape((64 * blocks, 8 * eights)))
+    return fa.FragmentedArray(_registers=registers, _layout=fa.WGMMA_LAYOUT, _is_signed=None)
 
 
 def _runs(array, rows, first_token, width: int, m: int, tokens: int):

@@ -16,7 +16,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from pallas_kernels import configs, two_four
+from pallas_kernels import configs, triton, two_four
 from pallas_kernels.configs import Config
 from pallas_kernels.row_grouped import INT32_MAX, RowGrouped, Topology, expand
 from pallas_kernels.triton_forward import ACTIVATIONS, FAST_ACTIVATIONS
@@ -57,6 +57,11 @@ def forward(matrix, x, bias, *, window, activation, precision, config=None):
         NotImplementedError: a group size, dtype or filter size the kernel does not do.
     """
     topology, batch = matrix.topology, x.shape[-1]
+    if window.is_matmul:
+        flat = x.reshape(topology.k, -1)
+        return triton.forward(
+            matrix, flat, bias, activation=activation, layout="feature_major", precision=precision, config=config
+        )
     _check(topology, x.dtype, window)
     if batch == 0:
         return jnp.zeros((topology.m, 0), x.dtype)
@@ -79,6 +84,9 @@ def grad_values(topology, x, dy, *, window, precision, config=None):
     Raises:
         NotImplementedError: a group size, dtype or filter size the kernel does not do.
     """
+    if window.is_matmul:
+        flat = x.reshape(topology.k, -1)
+        return triton.grad_values(topology, flat, dy, layout="feature_major", precision=precision, config=config)
     _check(topology, x.dtype, window)
     if x.shape[-1] == 0:
         return jnp.zeros((topology.num_slots, topology.group_size), x.dtype)
@@ -111,6 +119,9 @@ def grad_input(matrix, dy, *, window, precision):
     Raises:
         NotImplementedError: a group size or dtype the kernel does not do.
     """
+    if window.is_matmul:
+        dx = triton.grad_input(matrix, dy, layout="feature_major", precision=precision)
+        return dx.reshape(window.channels, *window.image, -1)
     check(matrix.topology, dy.dtype)
     return dense_grad_input(decompress(matrix), dy, window, precision)
 

@@ -15,23 +15,38 @@ from benchmarks.conv import RESNET50, Layer
 STAGES, WIDTH = (1, 2), 8
 
 
+run_dense = jax.jit(resnet.dense, static_argnums=(2, 3))
+run_channels_first = jax.jit(resnet.channels_first, static_argnums=(2, 3))
+
+
 @pytest.fixture(scope="module")
 def network():
     """A small network with random statistics, images, and its folded units."""
-    model, x = resnet.ResNet(STAGES, WIDTH, 10), jax.random.normal(jax.random.key(0), (2, 21, 18, 3))
-    variables = jax.jit(model.init)(jax.random.key(1), x)
-    leaves, structure = jax.tree.flatten(variables)
-    keys = jax.random.split(jax.random.key(2), len(leaves))
-    leaves = [a + 0.3 * jax.random.uniform(k, a.shape) for a, k in zip(leaves, keys, strict=True)]
-    variables = jax.tree.unflatten(structure, leaves)
+    model, rng = resnet.ResNet(STAGES, WIDTH, 10), np.random.default_rng(0)
+    x = jnp.asarray(rng.standard_normal((2, 22, 18, 3)), jnp.float32)
+    shapes = jax.eval_shape(model.init, jax.random.key(1), x)
+
+    def draw(path, a):
+        scale = np.prod(a.shape[:-1]) ** -0.5 if len(a.shape) > 1 else 0.3
+        return jnp.asarray(rng.normal(float(path[-1].key in ("var", "scale")), scale, a.shape), a.dtype)
+
+    variables = jax.tree_util.tree_map_with_path(draw, shapes)
+    variables["batch_stats"] = jax.tree.map(jnp.abs, variables["batch_stats"])
     return jax.jit(model.apply)(variables, x), x, resnet.fold(variables)
 
 
-@pytest.mark.parametrize("form", [resnet.dense, resnet.channels_first])
-def test_folded_normalisation_changes_nothing(network, form):
+@pytest.mark.parametrize("run", [run_dense, run_channels_first])
+def test_folded_normalisation_changes_nothing(network, run):
     y, x, units = network
-    found = jax.jit(form, static_argnums=(2, 3))(units, x, STAGES, WIDTH)
-    np.testing.assert_allclose(found, y, rtol=1e-4, atol=1e-4 * np.abs(y).max())
+    np.testing.assert_allclose(run(units, x, STAGES, WIDTH), y, rtol=1e-4, atol=1e-4 * np.abs(y).max())
+
+
+def test_a_stem_by_space_to_depth_changes_nothing():
+    rng = np.random.default_rng(0)
+    x, kernel = (jnp.asarray(rng.standard_normal(shape), jnp.float32) for shape in ((2, 22, 18, 3), (8, 7, 7, 3)))
+    units = {"stem": {"kernel": kernel, "bias": jnp.ones(8)}, "head": {"kernel": jnp.eye(8), "bias": jnp.zeros(8)}}
+    y, same = (resnet.dense(form, x, (), 8) for form in (units, resnet.space_to_depth(units)))
+    np.testing.assert_allclose(same, y, rtol=1e-4)
 
 
 def test_compressed_filters_run_channels_first(network):
@@ -41,14 +56,14 @@ def test_compressed_filters_run_channels_first(network):
         if name in ("head", "stem"):
             continue
         kernel = np.asarray(unit["kernel"])
-        weight = kernel.reshape(-1, kernel.shape[-1]).T
+        weight = kernel.reshape(len(kernel), -1)
         kept = rng.random((weight.shape[0] // 8, weight.shape[1])) < 0.5
         filters = pk.from_dense(weight, rng.permutation(weight.shape[0]).astype(np.int32), kept)
         compressed[name] = unit | {"kernel": filters}
-        masked[name] = unit | {"kernel": jnp.asarray(pk.to_dense(filters)).T.reshape(kernel.shape)}
-    run = jax.jit(resnet.channels_first, static_argnums=(2, 3))
-    y = jax.jit(resnet.dense, static_argnums=(2, 3))(masked, x, STAGES, WIDTH)
-    np.testing.assert_allclose(run(compressed, x, STAGES, WIDTH), y, rtol=1e-4, atol=1e-4 * np.abs(y).max())
+        masked[name] = unit | {"kernel": jnp.asarray(pk.to_dense(filters)).reshape(kernel.shape)}
+    y = run_dense(masked, x, STAGES, WIDTH)
+    found = run_channels_first(compressed, x, STAGES, WIDTH)
+    np.testing.assert_allclose(found, y, rtol=1e-4, atol=1e-4 * np.abs(y).max())
 
 
 def test_the_layers_that_are_measured_are_those_of_the_network():

@@ -294,20 +294,20 @@ def test_store_puts_every_pair_where_its_row_says(monkeypatch, height, width, fi
         if stored[i] < m and first_token + j < tokens
     }
     assert machine.written == want
-    # What is stored is what `load_rows` loads, zeros where nothing was stored.
-    types_of = types.SimpleNamespace
-    monkeypatch.setattr(ptx, "fa", types_of(
-        WGMMA_LAYOUT=types_of(registers_shape=layouts.WGMMA_LAYOUT.registers_shape),
-        FragmentedArray=lambda _registers, **_: _registers,
+    # What is stored is what comes back, zeros where nothing was stored.
+    space = types.SimpleNamespace
+    monkeypatch.setattr(ptx, "fa", space(
+        WGMMA_LAYOUT=layouts.WGMMA_LAYOUT,
+        FragmentedArray=lambda _registers, **_: space(registers=_registers, shape=(height, width), mlir_dtype=None),
     ))  # fmt: skip
-    kinds = {"MemRefType": lambda kind: types_of(element_type=None), "VectorType": types_of(get=lambda *_: None)}
-    monkeypatch.setattr(ptx, "ir", types_of(IntegerType=ptx.ir.IntegerType, **kinds))
+    kinds = {"MemRefType": lambda kind: space(element_type=None), "VectorType": space(get=lambda *_: None)}
+    monkeypatch.setattr(ptx, "ir", space(IntegerType=ptx.ir.IntegerType, **kinds))
     monkeypatch.setattr(ptx, "_global", lambda ref: y)
     machine.memory |= {ZEROS: 0} | want
-    loaded = ptx.load_rows(types_of(type=None), rows, array(first_token), height=height, width=width, m=m,
+    loaded = ptx.load_rows(space(type=None), rows, array(first_token), height=height, width=width, m=m,
                            tokens=tokens)  # fmt: skip
     address = [y + 2 * (stored[r // 1000] * tokens + first_token + r % 1000) for r in registers]
-    for found, at in zip(loaded.reshape(-1), address, strict=True):
+    for found, at in zip(ptx.exchange_rows(loaded).registers.reshape(-1), address, strict=True):
         np.testing.assert_array_equal(found, [want.get(a, 0) for a in at])
 
 
