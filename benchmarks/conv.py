@@ -1,14 +1,16 @@
 """Side-by-side times of the row-grouped convolution on a GPU: `python -m benchmarks.conv`.
 
 Writes `benchmarks/results/<device>/conv.json`: every distinct convolution of ResNet-50, our implementations against
-XLA's dense convolution in NHWC and NCHW, and PyTorch's in channels-last (`benchmarks.baselines`, in a subprocess). A
-case and its baselines are measured in one call, by CUPTI kernel time, with a cold L2, on random data. A case already
-in the file is skipped; the cases of the acceptance table come first; a call ends by itself after `--minutes`.
+XLA's dense convolution in NHWC and NCHW (1 x 1 ones as products with channels first too), and PyTorch's in
+channels-last (`benchmarks.baselines`, in a subprocess); with `--model` ResNet-50 whole. A case and its baselines are
+measured in one call, by CUPTI kernel time, with a cold L2, on random data; the baselines of a shape once a call. A case
+already in the file is skipped; the cases of the acceptance table come first; a call ends by itself after `--minutes`.
 
 Without a GPU, `--size tiny` runs the whole program on small images, timed by the clock: a check, not a measurement.
 """
 
 import argparse
+import collections
 import concurrent.futures
 import contextlib
 import dataclasses
@@ -28,6 +30,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import pallas_kernels
+from benchmarks import resnet
 from benchmarks.matmul import GROUP_SIZES, IMPLEMENTATIONS, RESULTS, XLA_ELEMENTS, Torch
 from pallas_kernels import configs, timing, tune, windows
 from pallas_kernels.conv import FROM_NATIVE, TO_NATIVE, ConvLayout
@@ -36,7 +39,7 @@ from pallas_kernels.windows import Window
 
 SPARSITIES = (0.75, 0.5, 0.875)
 BATCHES = (64, 16)
-DENSE_LAYOUTS = {"NHWC": "HWIO", "NCHW": "OIHW"}
+DENSE_LAYOUTS = {"NHWC": "OHWI", "NCHW": "OIHW", "CHWN": "OHWI"}  # of images, and how filters lie for them
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,18 +118,29 @@ class Case:
 
 def cases(layers: Sequence[Layer] = RESNET50, suite: str = "resnet50", batches=BATCHES) -> Iterator[Case]:
     """All cases, those of the acceptance table first."""
-    yield from (Case(suite, layer, batches[0]) for layer in layers)
-    yield from (Case(suite, layer, batches[0], layout="NHWC") for layer in layers)  # what the transposes cost
-    yield from (Case(suite, layer, batches[0], counts="ragged") for layer in layers)
+    first, *others = batches
+
+    def of(batch: int = first, sparsity: float = 0.75, v: int = 64, **more) -> list[Case]:
+        return [Case(suite, layer, batch, sparsity, v, **more) for layer in layers if v <= max(64, layer.features)]
+
+    yield from of()
+    for batch in others:
+        yield from of(batch)
+    for v in GROUP_SIZES:
+        yield from of(v=v)
+    for sparsity in SPARSITIES:
+        yield from of(sparsity=sparsity)
+    yield from of(layout="NHWC")  # what the transposes cost
+    yield from of(counts="ragged")
     for batch, sparsity, v in itertools.product(batches, SPARSITIES, GROUP_SIZES):
-        yield from (Case(suite, layer, batch, sparsity, v) for layer in layers if v <= max(64, layer.features))
+        yield from of(batch, sparsity, v)
 
 
 def operands(case: Case, implementation: str) -> tuple:
     """The prepared filters and the images of a case, in its layout."""
     m, k, _ = case.product
     filters = tune.random_matrix(m, k, case.sparsity, case.group_size, equal=case.counts == "equal", dtype=case.dtype)
-    return pallas_kernels.prepare(filters, implementation), images(case, case.layout)
+    return pallas_kernels.prepare(filters, implementation, case.layer.window), images(case, case.layout)
 
 
 def images(case: Case, layout: str) -> jax.Array:
@@ -136,7 +150,7 @@ def images(case: Case, layout: str) -> jax.Array:
     return x.transpose(FROM_NATIVE[layout])
 
 
-def sparse_function(case: Case, implementation: str) -> Callable:
+def sparse_function(case: Case, implementation: str | None) -> Callable:
     """Our convolution as a function of `operands`."""
     window = case.layer.window
 
@@ -149,11 +163,18 @@ def sparse_function(case: Case, implementation: str) -> Callable:
     return forward
 
 
+def dense_layouts(case: Case) -> tuple[str, ...]:
+    """The layouts a dense convolution is measured in; with channels first XLA is fast where it is a product."""
+    return ("NHWC", "NCHW", "CHWN") if case.layer.kernel == 1 else ("NHWC", "NCHW")
+
+
 def dense_function(case: Case, layout: str) -> Callable:
     """XLA's dense convolution as a function of (kernel, x), in the layout's own arrangement of both."""
     window = case.layer.window
 
     def forward(kernel, x):
+        if layout == "CHWN":
+            return jnp.tensordot(kernel[:, 0, 0], x[:, :: window.strides[0], :: window.strides[1]], 1)
         return jax.lax.conv_general_dilated(
             x, kernel, window.strides, window.padding, dimension_numbers=(layout, DENSE_LAYOUTS[layout], layout)
         )
@@ -165,15 +186,21 @@ def dense_operands(case: Case, layout: str) -> tuple:
     """The decompressed filters of a case and its images."""
     m, k, _ = case.product
     filters = tune.random_matrix(m, k, case.sparsity, case.group_size, equal=case.counts == "equal", dtype=case.dtype)
-    kernel = to_dense(filters).T.reshape(*case.layer.window.kernel, case.layer.channels, m)
-    return kernel if layout == "NHWC" else kernel.transpose(3, 2, 0, 1), images(case, layout)
+    kernel = to_dense(filters).reshape(m, *case.layer.window.kernel, case.layer.channels)
+    return kernel.transpose(0, 3, 1, 2) if layout == "NCHW" else kernel, images(case, layout)
 
 
-def compile_case(case: Case) -> dict[str, Any]:
+def compile_case(case: Case, with_dense: bool) -> dict[str, Any]:
     """All functions of a case, compiled; an exception's text in place of one that cannot be."""
     m, k, n = case.product
-    jobs = {f"dense {layout}": (dense_function(case, layout), dense_operands(case, layout)) for layout in DENSE_LAYOUTS}
+    jobs = {}
+    if with_dense:
+        for layout in dense_layouts(case):
+            jobs[f"dense {layout}"] = (dense_function(case, layout), dense_operands(case, layout))
     for name in IMPLEMENTATIONS:
+        # Plain XLA is far behind on a GPU: the cases of the acceptance table show it.
+        if name == "xla" and (case.group_size, case.sparsity, case.counts, case.layout) != (64, 0.75, "equal", "CHWN"):
+            continue
         if name == "xla" and n * k * (1 - case.sparsity) * m / case.group_size > XLA_ELEMENTS:
             continue
         jobs[name] = (sparse_function(case, name), operands(case, name))
@@ -185,6 +212,8 @@ def compile_case(case: Case) -> dict[str, Any]:
             continue
         except jax.errors.JaxRuntimeError as error:
             compiled[name] = str(error)[:200]
+    text = jax.jit(sparse_function(case, None)).lower(*operands(case, "triton")).as_text()
+    compiled["default"] = next((name for name in ("mosaic_gpu", "triton") if name in text), "xla")
     return compiled
 
 
@@ -195,32 +224,29 @@ def time_us(function: Callable, argument_sets: Sequence[tuple]) -> tuple[float, 
     return timing.interleaved_us({"": lambda: function(*argument_sets[0])}, runs=3)[""], 0
 
 
-def measure(case: Case, compiled: dict[str, Any], torch: Torch) -> list[dict]:
-    """The records of one case."""
+def measure(case: Case, compiled: dict[str, Any], dense: list[dict], torch: Torch) -> list[dict]:
+    """The records of one case; those of its dense baselines are appended to `dense` if that is empty."""
     (m, k, n), window = case.product, case.layer.window
     base: dict[str, Any] = {"op": "conv2d", **dataclasses.asdict(case), "m": m, "k": k, "n": n}
     base |= {"kernel_size": window.kernel, "strides": window.strides, "epilogue": None}
-    records: list[dict[str, Any]] = []
     reference = float64_image(case)
-    for layout in DENSE_LAYOUTS:
-        record = base | {
-            "pattern": "dense",
-            "implementation": "xla",
-            "layout": layout,
-            "group_size": 0,
-            "sparsity": 0.0,
-        }
-        records.append(record | timed(compiled[f"dense {layout}"], dense_operands(case, layout), layout, reference))
+    if not dense:
+        for layout in dense_layouts(case):
+            found = timed(compiled[f"dense {layout}"], dense_operands(case, layout), layout, reference)
+            dense.append({"pattern": "dense", "implementation": "xla", "layout": layout} | found)
+        dense += torch.measure(case)
+    records = [base | {"group_size": 0, "sparsity": 0.0} | record for record in dense]
     for name in IMPLEMENTATIONS:
         if name in compiled:
             pattern = "shfl_bw" if case.counts == "equal" else "vw"
             found = timed(compiled[name], operands(case, name), case.layout, reference)
-            records.append(base | {"pattern": pattern, "implementation": name} | found)
-    dense_time = min(record["time_us"] for record in records[: len(DENSE_LAYOUTS)] if record["time_us"])
-    records += [base | {"group_size": 0, "sparsity": 0.0} | record for record in torch.measure(case)]
+            chosen = {"default": name == compiled["default"]}
+            records.append(base | {"pattern": pattern, "implementation": name} | chosen | found)
+    fastest = min((record for record in dense if record["time_us"]), key=lambda record: record["time_us"])
     for record in records:
-        record["dense_time_us"] = dense_time
-        record["speedup"] = dense_time / record["time_us"] if record["time_us"] else None
+        record["dense_time_us"] = fastest["time_us"]
+        record["dense"] = f"{fastest['implementation']} {fastest['layout']}"
+        record["speedup"] = fastest["time_us"] / record["time_us"] if record["time_us"] else None
         record["case"] = key_of(case)
     return records
 
@@ -238,7 +264,7 @@ def timed(function: Any, arguments: tuple, layout: str, reference: np.ndarray) -
 def float64_image(case: Case) -> np.ndarray:
     """The convolution of the first image in float64, (M, H', W')."""
     kernel, x = (np.asarray(a.astype(jnp.float32), np.float64) for a in dense_operands(case, "NHWC"))
-    window = case.layer.window
+    kernel, window = kernel.transpose(1, 2, 3, 0), case.layer.window
     padded = np.pad(x[0], [*window.padding, (0, 0)])
     height, width = window.outputs
     y = np.zeros((height, width, case.layer.features))
@@ -263,22 +289,25 @@ def run(todo: list[Case], out: pathlib.Path, minutes: float, ahead: int = 8) -> 
         result["records"] = json.loads(out.read_text())["records"]
     done = {record["case"] for record in result["records"]}
     todo = [case for case in dict.fromkeys(todo) if key_of(case) not in done]
-    torch = Torch()
+    torch, dense = Torch(), collections.defaultdict(list)
     with contextlib.closing(torch), concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
         for i in range(0, len(todo), ahead):
             # All are compiled before the first is timed: CUPTI sees the compiler's own trials too.
-            compiled = list(pool.map(compile_case, todo[i : i + ahead]))
-            for case, functions in zip(todo[i : i + ahead], compiled, strict=True):
+            some = todo[i : i + ahead]
+            shapes = [case.shape_key for case in some]
+            first = [not dense[shape] and shape not in shapes[:j] for j, shape in enumerate(shapes)]
+            compiled = list(pool.map(compile_case, some, first))
+            for case, functions in zip(some, compiled, strict=True):
                 if time.monotonic() - started > minutes * 60:
                     print(f"out of time: {len(todo) - i} cases or fewer left, call again to go on")
                     return
-                records = measure(case, functions, torch)
+                records = measure(case, functions, dense[case.shape_key], torch)
                 result["records"] += records
                 result["date"] = str(datetime.date.today())
                 out.parent.mkdir(parents=True, exist_ok=True)
                 out.write_text(json.dumps(result, indent=1) + "\n")
                 timings = (
-                    f"{r['implementation']}{'/' + r['layout'] if r['pattern'] == 'dense' else ''} "
+                    f"{r['implementation']}{'/' + r['layout'] if r['pattern'] == 'dense' else '*' * r['default']} "
                     f"{r['time_us']:.1f} ({r['speedup']:.2f})"
                     for r in records
                     if r["time_us"]
@@ -291,6 +320,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.conv", description=__doc__)
     parser.add_argument("--minutes", type=float, default=7.5)
     parser.add_argument("--acceptance", action="store_true", help="only the cases of the acceptance table")
+    parser.add_argument("--model", action="store_true", help="only ResNet-50 whole, measured anew")
+    parser.add_argument(
+        "--table", action="store_true", help="measure nothing, write the table of the results for `predict_convolution`"
+    )
     parser.add_argument("--size", choices=("resnet50", "tiny"), default="resnet50")
     parser.add_argument("--out", type=pathlib.Path)
     options = parser.parse_args(argv)
@@ -301,7 +334,43 @@ def main(argv: Sequence[str] | None = None) -> None:
     todo = list(cases(layers, options.size, batches))
     todo = todo[: len(layers)] if options.acceptance else todo
     device = configs.device_name(jax.devices()[0].device_kind)
-    run(todo, options.out or RESULTS / device / ("conv_tiny.json" if tiny else "conv.json"), options.minutes)
+    out = options.out or RESULTS / device / ("conv_tiny.json" if tiny else "conv.json")
+    if options.table:
+        write_table(json.loads(out.read_text())["records"], configs.TABLES / f"{device}-conv.json")
+    elif options.model:
+        run_models(out, {"batches": (2,), "image": 24, "stages": (1,), "width": 8, "classes": 5} if tiny else {})
+    else:
+        run(todo, out, options.minutes)
+
+
+def write_table(records: list[dict], path: pathlib.Path) -> None:
+    """Writes the table of `pallas_kernels.conv_cost`."""
+    entries = []
+    for r in records:
+        if r["op"] == "conv2d" and r.get("default") and r["layout"] == "CHWN" and r["time_us"]:
+            slots = -(-r["m"] // r["group_size"]) * round(r["k"] * (1 - r["sparsity"]))
+            entry = {key: r[key] for key in ("m", "k", "n", "group_size", "dtype", "time_us", "dense_time_us")}
+            entries.append({"taps": r["kernel_size"][0] * r["kernel_size"][1], "slots": slots} | entry)
+    path.write_text(json.dumps({"device": path.stem, "entries": entries}, indent=1) + "\n")
+
+
+def run_models(out: pathlib.Path, size: dict[str, Any]) -> None:
+    """Measures ResNet-50 whole, and puts its records in place of those the file has."""
+    result: dict[str, Any] = {"device": out.parent.name, "jax": jax.__version__, "records": []}
+    for batch in size.pop("batches", BATCHES):
+        new = resnet.measure(batch, 0.75, 64, time_us, **size)
+        if out.exists():
+            result = json.loads(out.read_text())
+        result["records"] = [r for r in result["records"] if r["case"] != new[0]["case"]] + new
+        result["date"] = str(datetime.date.today())
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(json.dumps(result, indent=1) + "\n")
+        for r in new:
+            print(
+                f"{r['case']} {r['form']}: {r['time_us']:.0f} us in {r['kernels']} kernels "
+                f"({r['speedup']:.2f}), {r['call_us']:.0f} us a call",
+                flush=True,
+            )
 
 
 if __name__ == "__main__":

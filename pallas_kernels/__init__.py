@@ -1,6 +1,7 @@
 """Products with row-grouped matrices: arrays in, arrays out. Knows no patterns and no network library."""
 
 from pallas_kernels.conv import conv2d
+from pallas_kernels.conv_cost import predict_convolution
 from pallas_kernels.cost import Prediction, predict
 from pallas_kernels.matmul import matmul, prepare
 from pallas_kernels.row_grouped import RowGrouped, Topology, from_dense, row_grouped, to_dense
@@ -15,6 +16,7 @@ __all__ = [
     "from_dense_two_four",
     "matmul",
     "predict",
+    "predict_convolution",
     "prepare",
     "row_grouped",
     "to_dense",

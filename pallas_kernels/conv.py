@@ -27,20 +27,21 @@ def conv2d(
     dilation: int | Pair = 1,
     groups: int = 1,
     bias: jax.Array | None = None,
+    addend: jax.Array | None = None,
     activation: str | None = None,
     layout: ConvLayout = "CHWN",
     implementation: str | None = None,
     precision: lax.PrecisionLike = None,
 ) -> jax.Array:
-    """Computes activation(filters * x + bias), the convolution of deep learning (a correlation).
+    """Computes activation(filters * x + bias + addend), the convolution of deep learning (a correlation).
 
     Row o of the filter matrix is output channel o. Its column (i * kw + j) * C + c is tap (i, j) of input channel c, so
     the matrix of a Flax kernel (kh, kw, C, C_out) is `kernel.reshape(-1, C_out).T`.
 
     The native layout is "CHWN", channels first and the batch innermost: a column then meets contiguous runs of the
     batch. Other layouts are transposed on the way in and out. A 1 x 1 convolution with stride 1 is `matmul`.
-    Differentiable in `filters.values`, `x` and `bias`; `vmap` also maps over stacked filters. Accumulates in float32.
-    Second derivatives need `implementation="xla"`, as in `matmul`.
+    Differentiable in `filters.values`, `x`, `bias` and `addend`; `vmap` also maps over stacked filters. Accumulates in
+    float32. Second derivatives need `implementation="xla"`, as in `matmul`.
 
     Args:
         filters: (C_out, kh * kw * C), canonical or from `prepare`.
@@ -51,6 +52,7 @@ def conv2d(
         dilation: distance of neighbouring taps, of both axes or of each.
         groups: 1; a grouped convolution has no row-grouped form.
         bias: (C_out,) floating.
+        addend: floating, of the result's shape: the other branch of a residual connection.
         activation: as in `matmul`.
         layout: of the input and of the output.
         implementation: as in `matmul`.
@@ -69,7 +71,7 @@ def conv2d(
         raise NotImplementedError(f"a convolution in {groups} groups of channels has no sparse kernel: run it dense")
     if layout not in TO_NATIVE:
         raise ValueError(f"layout must be one of {tuple(TO_NATIVE)}, got {layout!r}")
-    arrays = {"values": filters.values, "x": x, "bias": bias}
+    arrays = {"values": filters.values, "x": x, "bias": bias, "addend": addend}
     validate_operands(filters, arrays, activation, implementation)
     if x.ndim != 4:
         raise ValueError(f"x must have four axes, {layout}, got shape {x.shape}")
@@ -84,15 +86,17 @@ def conv2d(
         )
     if bias is not None and bias.shape != (m,):
         raise ValueError(f"bias must have shape ({m},) for filters of shape {filters.shape}, got {bias.shape}")
+    result = tuple((m, *window.outputs, b)[axis] for axis in FROM_NATIVE[layout])
+    if addend is not None and addend.shape != result:
+        raise ValueError(f"addend must have the result's shape {result}, got {addend.shape}")
     if window.is_matmul and layout == "NHWC":
-        return matmul(filters, x, bias=bias, activation=activation, implementation=implementation, precision=precision)
-    native = x.transpose(TO_NATIVE[layout])
-    dtype = jnp.result_type(filters.values, x)
-    values, native, bias = jax.tree.map(lambda a: a.astype(dtype), (filters.values, native, bias))
-    if window.is_matmul:
-        call = Call(activation, "feature_major", implementation, precision)
-        native = native.reshape(c, -1)
-    else:
-        call = Call(activation, "feature_major", implementation, precision, window)
-    y = run(call, filters.topology, values, native, bias)
+        return matmul(
+            filters, x, bias=bias, addend=addend, activation=activation, implementation=implementation,
+            precision=precision,
+        )  # fmt: skip
+    native, dtype = x.transpose(TO_NATIVE[layout]), jnp.result_type(filters.values, x)
+    addend = None if addend is None else addend.transpose(TO_NATIVE[layout]).reshape(m, -1)
+    values, native, bias, addend = jax.tree.map(lambda a: a.astype(dtype), (filters.values, native, bias, addend))
+    call = Call(activation, "feature_major", implementation, precision, window)
+    y = run(call, filters.topology, values, native, bias, addend)
     return y.reshape(m, *window.outputs, b).transpose(FROM_NATIVE[layout])

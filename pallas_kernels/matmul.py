@@ -3,6 +3,7 @@
 A convolution (`pallas_kernels.conv`) is the same operation with another gather, and takes the same way.
 """
 
+import dataclasses
 import functools
 from types import ModuleType
 from typing import Any, Literal, NamedTuple
@@ -11,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels import mosaic_gpu, triton, triton_conv, two_four, xla, xla_conv
+from pallas_kernels import mosaic_gpu, mosaic_gpu_conv, triton, triton_conv, two_four, xla, xla_conv
 from pallas_kernels.row_grouped import RowGrouped, Topology
 from pallas_kernels.windows import Window
 
@@ -20,14 +21,14 @@ LAYOUTS = ("token_major", "feature_major")
 
 
 # A backend is a module with forward, grad_values, grad_input and prepare over 2-D activations. It may have `pays`,
-# which says whether its forward product is worth taking for a call that asks for none by name.
+# which says whether its forward product is worth taking for a call that asks for none by name, and `ADDS`, which says
+# that its forward product takes an addend, for matrices without 2:4.
 BACKENDS: dict[str, ModuleType] = {"mosaic_gpu": mosaic_gpu, "triton": triton, "xla": xla}
 # The same for convolutions, over activations (C, H, W, B) and without prepare: it does not depend on the operation.
-CONV_BACKENDS: dict[str, ModuleType] = {"triton": triton_conv, "xla": xla_conv}
+CONV_BACKENDS: dict[str, ModuleType] = {"mosaic_gpu": mosaic_gpu_conv, "triton": triton_conv, "xla": xla_conv}
 # What `implementation=None` tries on each platform, fastest first; every other platform uses XLA.
 PREFERENCE: dict[str, tuple[str, ...]] = {"cuda": ("mosaic_gpu", "triton")}
-# Triton's convolutions have not run on a GPU yet, so they are taken by name alone.
-CONV_PREFERENCE: dict[str, tuple[str, ...]] = {}
+CONV_PREFERENCE = PREFERENCE
 FALLBACK = "xla"
 
 
@@ -62,20 +63,22 @@ def matmul(
     x: jax.Array,
     *,
     bias: jax.Array | None = None,
+    addend: jax.Array | None = None,
     activation: str | None = None,
     layout: Layout = "token_major",
     implementation: str | None = None,
     precision: lax.PrecisionLike = None,
 ) -> jax.Array:
-    """Computes activation(W x + bias) for a row-grouped W.
+    """Computes activation(W x + bias + addend) for a row-grouped W.
 
-    Differentiable in `matrix.values`, `x` and `bias`; `vmap` also maps over a stacked matrix. Accumulates in float32.
-    Second derivatives need `implementation="xla"`: Pallas kernels have none, not even where XLA would run.
+    Differentiable in `matrix.values`, `x`, `bias` and `addend`; `vmap` also maps over a stacked matrix. Accumulates in
+    float32. Second derivatives need `implementation="xla"`: Pallas kernels have none, not even where XLA would run.
 
     Args:
         matrix: W, (M, K), canonical or from `prepare`.
         x: activations, floating: (*tokens, K) token-major, (K, *tokens) feature-major.
         bias: (M,) floating.
+        addend: floating, of the result's shape: the other branch of a residual connection.
         activation: None, "relu", "gelu" (the tanh approximation) or "silu".
         layout: "token_major" or "feature_major", of the input and of the output.
         implementation: a name in `BACKENDS`; None takes the fastest one of the platform that can do it.
@@ -88,46 +91,58 @@ def matmul(
         ValueError: a shape, a dtype or a name is wrong.
         NotImplementedError: the implementation asked for by name cannot do this product.
     """
-    _validate(matrix, x, bias, activation, layout, implementation)
+    _validate(matrix, x, bias, addend, activation, layout, implementation)
     topology, dtype = matrix.topology, jnp.result_type(matrix.values, x)
     if layout == "token_major":
         tokens, flat = x.shape[:-1], x.reshape(-1, topology.k)
     else:
         tokens, flat = x.shape[1:], x.reshape(topology.k, -1)
     # Casting out here leaves the gradients' way back to the dtypes of the arguments to JAX.
-    values, flat, bias = jax.tree.map(lambda a: a.astype(dtype), (matrix.values, flat, bias))
-    y = run(Call(activation, layout, implementation, precision), topology, values, flat, bias)
+    values, flat, bias, addend = jax.tree.map(lambda a: a.astype(dtype), (matrix.values, flat, bias, addend))
+    if addend is not None:
+        addend = addend.reshape((-1, topology.m) if layout == "token_major" else (topology.m, -1))
+    y = run(Call(activation, layout, implementation, precision), topology, values, flat, bias, addend)
     return y.reshape(*tokens, topology.m) if layout == "token_major" else y.reshape(topology.m, *tokens)
 
 
-def prepare(matrix: RowGrouped, implementation: str | None = None) -> RowGrouped:
+def prepare(matrix: RowGrouped, implementation: str | None = None, window: Window | None = None) -> RowGrouped:
     """Arranges a canonical matrix for one implementation, once and on the host. It stands for the same weights.
 
     Args:
         matrix: a canonical matrix; leading axes (stacked layers) are allowed.
         implementation: a name in `BACKENDS`; None takes the first choice of the default backend's platform.
+        window: the geometry of the convolution that the matrix is for, of images of one size: its kernel on a GPU then
+            need not work out where the slots point in every call. None for products, and where images vary.
 
     Returns:
-        The same matrix in the implementation's own arrangement. Only `matmul` and `to_dense` read it.
+        The same matrix in the implementation's own arrangement. Only `matmul`, `conv2d` and `to_dense` read it.
 
     Raises:
-        ValueError: the implementation is unknown, or the matrix is prepared already.
+        ValueError: the implementation is unknown, the matrix is prepared already, or the window does not fit it.
     """
     _check_implementation(implementation)
-    if matrix.topology.counts is not None:
+    if matrix.topology.counts is not None or matrix.topology.places is not None:
         raise ValueError("the matrix is prepared already: prepare the canonical one, as compressed or loaded")
+    if window is not None and (window.features != matrix.topology.k or matrix.values.ndim > 2):
+        raise ValueError(f"values {matrix.values.shape} of a matrix {matrix.shape} are no filters for {window}")
     if implementation is not None:
-        return two_four.call(BACKENDS[implementation], "prepare", matrix)
-    platform = jax.default_backend()  # JAX calls CUDA "gpu" here, and "cuda" where it lowers
-    names = PREFERENCE.get("cuda" if platform == "gpu" else platform, ())
-    return _first_able(BACKENDS, names, "prepare", matrix)
+        prepared = two_four.call(BACKENDS[implementation], "prepare", matrix)
+    else:
+        platform = jax.default_backend()  # JAX calls CUDA "gpu" here, and "cuda" where it lowers
+        names = PREFERENCE.get("cuda" if platform == "gpu" else platform, ())
+        prepared = _first_able(BACKENDS, names, "prepare", matrix)
+    if window is None or window.is_matmul:
+        return prepared
+    places = triton_conv.slot_places(prepared.topology, window)
+    return RowGrouped(prepared.values, dataclasses.replace(prepared.topology, places=places, window=window))
 
 
-def _validate(matrix, x, bias, activation, layout, implementation) -> None:
+def _validate(matrix, x, bias, addend, activation, layout, implementation) -> None:
     topology = matrix.topology
     if layout not in LAYOUTS:
         raise ValueError(f"layout must be one of {LAYOUTS}, got {layout!r}")
-    validate_operands(matrix, {"values": matrix.values, "x": x, "bias": bias}, activation, implementation)
+    arrays = {"values": matrix.values, "x": x, "bias": bias, "addend": addend}
+    validate_operands(matrix, arrays, activation, implementation)
     axis, wanted = (-1, f"(*tokens, {topology.k})") if layout == "token_major" else (0, f"({topology.k}, *tokens)")
     if x.ndim == 0 or x.shape[axis] != topology.k:
         raise ValueError(
@@ -135,6 +150,9 @@ def _validate(matrix, x, bias, activation, layout, implementation) -> None:
         )
     if bias is not None and bias.shape != (topology.m,):
         raise ValueError(f"bias must have shape ({topology.m},) for a matrix of shape {matrix.shape}, got {bias.shape}")
+    result = (*x.shape[:-1], topology.m) if layout == "token_major" else (topology.m, *x.shape[1:])
+    if addend is not None and addend.shape != result:
+        raise ValueError(f"addend must have the result's shape {result}, got {addend.shape}")
 
 
 def validate_operands(
@@ -172,40 +190,66 @@ def _first_able(backends: dict[str, ModuleType], names: tuple[str, ...], functio
     """Calls `function` of the first implementation named that does not raise NotImplementedError, else of XLA."""
     for name in names:
         pays = getattr(backends[name], "pays", None)
-        if function == "forward" and pays is not None and not pays(*args[:2], kwargs["layout"]):
+        if (
+            function == "forward"
+            and pays is not None
+            and not pays(*args[:2], kwargs.get("layout", kwargs.get("window")))
+        ):
             continue
         try:
-            return two_four.call(backends[name], function, *args, **kwargs)
+            return _call(backends[name], function, *args, **kwargs)
         except NotImplementedError:
             continue
-    return two_four.call(backends[FALLBACK], function, *args, **kwargs)
+    return _call(backends[FALLBACK], function, *args, **kwargs)
 
 
-def _dispatch(function: str, call: Call, *args, **kwargs) -> jax.Array:
+def _call(backend: ModuleType, function: str, *args, addend=None, **kwargs) -> Any:
+    """Calls a function of a backend; one whose `forward` takes no addend gets it added behind its product."""
+    if addend is None:
+        return two_four.call(backend, function, *args, **kwargs)
+    if getattr(backend, "ADDS", False) and args[0].topology.pairs is None:
+        return two_four.call(backend, function, *args, addend=addend, **kwargs)
+    y = two_four.call(backend, function, *args, **(kwargs | {"activation": None}))
+    return xla.ACTIVATIONS[kwargs["activation"]](y + addend)
+
+
+def _dispatch(function: str, call: Call, *args, addend: jax.Array | None = None, **kwargs) -> jax.Array:
     """Runs one backend function. The platform is chosen when lowering, so that export from a CPU works."""
     kwargs |= call.options
     if call.implementation is not None:
         if call.implementation not in call.backends:
             raise NotImplementedError(f"{call.implementation} does no convolutions; use one of {tuple(call.backends)}")
-        return two_four.call(call.backends[call.implementation], function, *args, **kwargs)
-    first_able = functools.partial(_first_able, call.backends)
-    branches = {p: functools.partial(first_able, names, function, **kwargs) for p, names in call.preference.items()}
-    return lax.platform_dependent(*args, default=functools.partial(first_able, (), function, **kwargs), **branches)
+        return _call(call.backends[call.implementation], function, *args, addend=addend, **kwargs)
+
+    def first_able(names: tuple[str, ...], addend: jax.Array | None, *args) -> jax.Array:
+        return _first_able(call.backends, names, function, *args, addend=addend, **kwargs)
+
+    branches = {platform: functools.partial(first_able, names) for platform, names in call.preference.items()}
+    return lax.platform_dependent(addend, *args, default=functools.partial(first_able, ()), **branches)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _product(call: Call, topology: Topology, values: jax.Array, x: jax.Array, bias: jax.Array | None) -> jax.Array:
-    return _dispatch("forward", call, RowGrouped(values, topology), x, bias, activation=call.activation)
+def _product(
+    call: Call,
+    topology: Topology,
+    values: jax.Array,
+    x: jax.Array,
+    bias: jax.Array | None,
+    addend: jax.Array | None,
+) -> jax.Array:
+    matrix = RowGrouped(values, topology)
+    return _dispatch("forward", call, matrix, x, bias, addend=addend, activation=call.activation)
 
 
-def _matmul_fwd(call: Call, topology, values, x, bias):
-    y = _dispatch("forward", call, RowGrouped(values, topology), x, bias, activation=None)
+def _matmul_fwd(call: Call, topology, values, x, bias, addend):
+    y = _dispatch("forward", call, RowGrouped(values, topology), x, bias, addend=addend, activation=None)
     # With an activation its argument is the residual; without one nothing of the output is kept.
-    return xla.ACTIVATIONS[call.activation](y), (topology, values, x, bias, None if call.activation is None else y)
+    pre, has_addend = None if call.activation is None else y, None if addend is None else ()
+    return xla.ACTIVATIONS[call.activation](y), (topology, values, x, bias, has_addend, pre)
 
 
 def _matmul_bwd(call: Call, residuals, dy):
-    topology, values, x, bias, pre = residuals
+    topology, values, x, bias, has_addend, pre = residuals
     if pre is not None:
         dy = jax.vjp(xla.ACTIVATIONS[call.activation], pre)[1](dy)[0]
     dvalues = _dispatch("grad_values", call, topology, x, dy)
@@ -214,7 +258,7 @@ def _matmul_bwd(call: Call, residuals, dy):
     dbias = None
     if bias is not None:
         dbias = dy.sum(token_axis, dtype=jnp.promote_types(dy.dtype, jnp.float32)).astype(bias.dtype)
-    return None, dvalues.astype(values.dtype), dx.astype(x.dtype), dbias
+    return None, dvalues.astype(values.dtype), dx.astype(x.dtype), dbias, None if has_addend is None else dy
 
 
 _product.defvjp(_matmul_fwd, _matmul_bwd)

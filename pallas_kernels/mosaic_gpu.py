@@ -17,6 +17,7 @@ FEWEST_TOKENS = 257  # with fewer, most of a tile would be padding
 MULTIPROCESSORS = 132  # of an H100 and an H200
 BUSY = 0.9  # of them with a tile are enough
 KERNELS: dict[str, str] = {"forward": "mosaic_gpu_forward", "grad_values": "mosaic_gpu_grad"}
+ADDS = True  # `forward` takes an addend
 HOPPER = ("H100", "H20", "H800")  # what the names of these GPUs hold: GH200 and H200 too
 
 grad_input = triton.grad_input
@@ -29,12 +30,12 @@ def prepare(matrix):
     Raises:
         NotImplementedError: a group size or dtype the kernel does not do.
     """
-    _check(matrix.topology, matrix.dtype)
+    check(matrix.topology, matrix.dtype)
     return triton.prepare(matrix)
 
 
-def forward(matrix, x, bias, *, activation, layout, precision, config=None):
-    """Computes activation(W x + bias) for W in the arrangement of `prepare`; see `matmul`, here 2-D.
+def forward(matrix, x, bias, *, activation, layout, precision, addend=None, config=None):
+    """Computes activation(W x + bias + addend) for W in the arrangement of `prepare`; see `matmul`, here 2-D.
 
     Args:
         matrix: prepared, or canonical with equal counts that are a multiple of 64.
@@ -43,23 +44,33 @@ def forward(matrix, x, bias, *, activation, layout, precision, config=None):
         activation: see `matmul`.
         layout: see `matmul`.
         precision: ignored: products of two-byte numbers are exact in the float32 sums.
+        addend: of the result's shape and x's dtype, or None.
         config: a `mosaic_gpu_forward.Config`; None takes the `tuned` one.
 
     Raises:
         NotImplementedError: the matrix, the number of tokens, the GPU or the version of JAX is none the kernel does.
     """
     del precision
-    topology = matrix.topology
-    _check(topology, x.dtype)
+    check(matrix.topology, x.dtype)
     if layout == "token_major":
-        x = x.T
+        x, addend = x.T, None if addend is None else addend.T
     n = x.shape[1]
     if n < FEWEST_TOKENS or n % triton_tiles.VECTOR:
         raise NotImplementedError(f"the Mosaic kernel needs more than 256 tokens, in multiples of 8, got {n}")
-    kernel = _kernel()
     if config is None:
-        config = tuned(triton_tiles.problem("forward", topology, x), triton_tiles.device_kind())
-    used = config.shared_memory(topology.group_size)
+        config = tuned(triton_tiles.problem("forward", matrix.topology, x), triton_tiles.device_kind())
+    y = call(matrix, matrix.topology.columns, x, bias, addend, activation=activation, config=config)
+    return y.T if layout == "token_major" else y
+
+
+def call(matrix, ids, x, bias, addend, *, activation, config, window=None):
+    """Calls the kernel on the arguments of `mosaic_gpu_forward.product`.
+
+    Raises:
+        NotImplementedError: the config, the matrix, the GPU or the version of JAX is none the kernel does.
+    """
+    topology, kernel = matrix.topology, load_kernel()
+    used = config.shared_memory(topology.group_size, ids.size // topology.num_slots)
     if used > kernel.SHARED_MEMORY:
         raise NotImplementedError(f"{config} takes {used} bytes of shared memory")
     if not triton_tiles.is_aligned(topology, kernel.BLOCK_K):
@@ -70,14 +81,15 @@ def forward(matrix, x, bias, *, activation, layout, precision, config=None):
         segments=topology.segments,
         activation=activation,
         config=config,
-        multiprocessors=_multiprocessors(),
+        multiprocessors=multiprocessors(),
+        window=window,
     )
-    args = (matrix.values, topology.columns, topology.rows, x) + (() if bias is None else (bias,))
+    args = (matrix.values, ids, topology.rows, x)
+    optional = {name: a for name, a in (("bias", bias), ("addend", addend)) if a is not None}
     # Slices of a batch run one after the other: each fills the GPU.
-    y = jax.custom_batching.sequential_vmap(
-        lambda values, columns, rows, x, bias=None: product(values, columns, rows, x, bias)
-    )(*args)
-    return y.T if layout == "token_major" else y
+    return jax.custom_batching.sequential_vmap(lambda args, optional: product(*args, **({"bias": None} | optional)))(
+        args, optional
+    )
 
 
 def forward_two_four(matrix, x, bias, *, activation, layout, precision):
@@ -106,11 +118,11 @@ def grad_values(
     if config is None:
         return triton.grad_values(topology, x, dy, layout="feature_major", precision=precision)
     product = functools.partial(
-        _kernel("mosaic_gpu_grad").product,
+        load_kernel("mosaic_gpu_grad").product,
         count=topology.max_count,
         group_size=topology.group_size,
         config=config,
-        multiprocessors=_multiprocessors(),
+        multiprocessors=multiprocessors(),
     )
     # Slices of a batch run one after the other: each fills the GPU.
     return jax.custom_batching.sequential_vmap(lambda *args: product(*args))(
@@ -122,17 +134,17 @@ def _config_of_values(topology: Topology, problem: configs.Problem) -> Any:
     """The config for dValues, None where Triton's kernel has to be taken or is faster."""
     padded = topology.counts is not None or topology.num_groups * topology.group_size != topology.m
     try:
-        multiprocessors, device = _multiprocessors(), triton_tiles.device_kind()
+        count, device = multiprocessors(), triton_tiles.device_kind()
     except NotImplementedError:
         return None
     if padded or not topology.equal_counts or not can(problem):
         return None
-    return tuned(problem, device) if is_faster(problem, device, multiprocessors) else None
+    return tuned(problem, device) if is_faster(problem, device, count) else None
 
 
 def heuristic(group_size: int, tokens: int):
     """The config for a group size and a number of tokens; measured, see docs/kernels.md."""
-    kernel = _kernel()
+    kernel = load_kernel()
     if group_size == 256:
         return kernel.Config(block_tokens=128, split="rows", band=4)
     if group_size == 128:
@@ -148,13 +160,13 @@ def tuned(problem: configs.Problem, device: str | None) -> Any:
     if entry is None:
         return search_space(problem)[0]
     fields = entry["config"] | {"registers": tuple(entry["config"]["registers"])}
-    return _kernel(KERNELS[problem.op]).Config(**fields)
+    return load_kernel(KERNELS[problem.op]).Config(**fields)
 
 
 def can(problem: configs.Problem) -> bool:
     """Whether this version of JAX has a kernel for a problem, on a Hopper GPU and for a matrix that fits it."""
     try:
-        _kernel()
+        load_kernel()
     except NotImplementedError:
         return False
     step = {"forward": triton_tiles.VECTOR, "grad_values": 64}.get(problem.op)
@@ -166,7 +178,7 @@ def search_space(problem: configs.Problem) -> tuple[Any, ...]:
     """The configs a tuner measures for a problem, the heuristic's first; none for what the kernels cannot do."""
     if not can(problem):
         return ()
-    kernel, v = _kernel(KERNELS[problem.op]), problem.group_size
+    kernel, v = load_kernel(KERNELS[problem.op]), problem.group_size
     if problem.op == "grad_values":
         shapes = {64: [(512, 3), (256, 5), (128, 8)], 128: [(256, 4), (128, 6)], 256: [(128, 4)]}[v]
         found = [kernel.Config(block_slots=slots, stages=stages) for slots, stages in shapes]
@@ -199,12 +211,12 @@ def pays(matrix: RowGrouped, x: jax.Array, layout: str) -> bool:
     x_shape = jax.ShapeDtypeStruct((matrix.topology.k, n), x.dtype)
     problem = triton_tiles.problem("forward", matrix.topology, x_shape)
     try:
-        return can(problem) and is_faster(problem, triton_tiles.device_kind(), _multiprocessors())
+        return can(problem) and is_faster(problem, triton_tiles.device_kind(), multiprocessors())
     except NotImplementedError:
         return False
 
 
-def is_faster(problem: configs.Problem, device: str | None, multiprocessors: int = MULTIPROCESSORS) -> bool:
+def is_faster(problem: configs.Problem, device: str | None, count: int = MULTIPROCESSORS) -> bool:
     """Whether a kernel here was faster than Triton's for the nearest problem that the device's table knows of both.
 
     Elsewhere, whether there is a tile for (nearly) every multiprocessor: with fewer, Triton's smaller tiles keep more
@@ -213,10 +225,10 @@ def is_faster(problem: configs.Problem, device: str | None, multiprocessors: int
     entry = configs.nearest(problem, device, "mosaic_gpu")
     if entry is not None:
         return entry["time_us"] < entry["triton_time_us"]
-    return _tiles(problem, search_space(problem)[0]) >= BUSY * multiprocessors
+    return _tiles(problem, search_space(problem)[0]) >= BUSY * count
 
 
-def _kernel(name: str = "mosaic_gpu_forward") -> ModuleType:
+def load_kernel(name: str = "mosaic_gpu_forward") -> ModuleType:
     """A kernel's module, imported when it is needed: other versions of JAX may lack what it imports."""
     try:
         return importlib.import_module(f"pallas_kernels.{name}")
@@ -224,7 +236,7 @@ def _kernel(name: str = "mosaic_gpu_forward") -> ModuleType:
         raise NotImplementedError(f"the Mosaic kernel needs another version of JAX: {error}") from error
 
 
-def _check(topology, dtype) -> None:
+def check(topology, dtype) -> None:
     """Raises NotImplementedError for what the kernel cannot do, whatever the tokens and the GPU."""
     triton_tiles.check(topology, dtype)
     if topology.group_size not in GROUP_SIZES:
@@ -233,7 +245,7 @@ def _check(topology, dtype) -> None:
         raise NotImplementedError(f"the Mosaic kernel computes in bfloat16 and float16, got {jnp.dtype(dtype).name}")
 
 
-def _multiprocessors() -> int:
+def multiprocessors() -> int:
     """How many multiprocessors the Hopper GPU has that is lowered for; NotImplementedError for another or none."""
     device = jax.sharding.get_abstract_mesh().abstract_device
     if device is not None:

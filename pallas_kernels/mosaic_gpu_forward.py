@@ -17,10 +17,12 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import mosaic_gpu_ptx as ptx
+from pallas_kernels.windows import Window
 
 BLOCK_K = 64  # slots of a step: what one row of a swizzled tile holds along K
 SHARED_MEMORY = 227 * 1024 - 2048  # bytes for the stages and the ring of ids; barriers and alignment take the rest
 WARPGROUPS = 3
+MOST_EARLY = 64 * 128  # numbers of an accumulator beside which an addend fits twice into the registers
 TILE_COST = 2  # what a tile costs beside its steps, in steps; only weighs the tiles of a schedule against each other
 
 
@@ -50,9 +52,10 @@ class Config:
     registers: tuple[int, int] = (216, 72)
     cluster: int = 1
 
-    def shared_memory(self, group_size: int) -> int:
-        """Bytes of the stages and the ring of column ids."""
-        return self.stages * BLOCK_K * (group_size + self.block_tokens) * 2 + (self.stages + self.ahead) * BLOCK_K * 4
+    def shared_memory(self, group_size: int, id_words: int = 1) -> int:
+        """Bytes of the stages and the ring of column ids, which are so many words of four bytes each."""
+        tiles = self.stages * BLOCK_K * (group_size + self.block_tokens) * 2
+        return tiles + (self.stages + self.ahead) * BLOCK_K * id_words * 4
 
 
 @functools.lru_cache(maxsize=256)
@@ -93,33 +96,40 @@ def schedule(segments: tuple[tuple[int, int], ...], token_tiles: int, programs: 
     return table
 
 
-def product(values, columns, rows, x, bias, *, m, segments, activation, config: Config, multiprocessors: int):
-    """Computes activation(W x + bias), feature-major.
+def product(
+    values, columns, rows, x, bias, addend=None,
+    *, m, segments, activation, config: Config, multiprocessors: int, window: Window | None = None,
+):  # fmt: skip
+    """Computes activation(W x + bias + addend), feature-major; a convolution has x as `ptx.gather` reads it.
 
     Args:
         values: (P, V) bfloat16 or float16, V = 64, 128 or 256.
-        columns: (P,) int32 in 0..K-1.
+        columns: (P,) int32 in 0..K-1; with a window the ids of `ptx.gather`, flat.
         rows: (R * V,) int32.
-        x: (K, N) of the values' dtype, N a multiple of 8.
+        x: (K, N) of the values' dtype, N a multiple of 8; with a window (C H W, B), B a multiple of 8.
         bias: (M,) of the same dtype, or None.
+        addend: (M, N) of the same dtype, or None.
         m: M.
         segments: as in `schedule`.
         activation: see `matmul`.
         config: a legal config.
         multiprocessors: of the GPU.
+        window: the geometry of a convolution, or None.
 
     Returns:
         (M, N) of the values' dtype.
     """
-    c, v, n = config, values.shape[1], x.shape[1]
+    c, v, n = config, values.shape[1], x.shape[1] if window is None else window.positions * x.shape[1]
+    id_words = columns.size // values.shape[0]
     # A cluster counts as one program here, and what it works on as one tile.
     groups, token_tiles = sum(count for count, _ in segments), pl.cdiv(n, c.block_tokens * c.cluster)
     tiles = groups * token_tiles
     programs = min(multiprocessors // c.cluster, tiles) if c.persistent else tiles
     work = schedule(segments, token_tiles, programs, max(1, c.band // c.cluster))
     body = functools.partial(
-        _body, config=c, v=v, m=m, n=n, width=work.shape[1], has_bias=bias is not None, activation=activation
-    )
+        _body, config=c, v=v, m=m, n=n, width=work.shape[1], has_bias=bias is not None, activation=activation,
+        id_words=id_words, window=window, has_addend=addend is not None,
+    )  # fmt: skip
     tiled = _transforms()
     ring = c.stages + c.ahead
     call = plgpu.kernel(
@@ -128,7 +138,7 @@ def product(values, columns, rows, x, bias, *, m, segments, activation, config: 
         scratch_types=(
             plgpu.SMEM((c.stages, BLOCK_K, v), x.dtype, transforms=tiled),
             plgpu.SMEM((c.stages, BLOCK_K, c.block_tokens), x.dtype, transforms=tiled),
-            plgpu.SMEM((ring, BLOCK_K), jnp.int32),
+            plgpu.SMEM((ring, BLOCK_K * id_words), jnp.int32),
             plgpu.SMEM((2 * c.stages,), jnp.int32),  # the gather's own barriers, 8 bytes each
             plgpu.Barrier(num_barriers=c.stages),
             plgpu.Barrier(num_barriers=ring),
@@ -148,7 +158,7 @@ def product(values, columns, rows, x, bias, *, m, segments, activation, config: 
         ),
     )
     args = [values, columns, rows, jnp.asarray(work.reshape(-1)), x]
-    return call(*args, *([] if bias is None else [bias]))
+    return call(*args, *(a for a in (bias, addend) if a is not None))
 
 
 def _transforms():
@@ -168,8 +178,12 @@ def _activate(activation, y):
     return _inline({"gelu": ptx.gelu, "silu": ptx.silu}[activation], plgpu.Layout.WGMMA, result=kind)(y)
 
 
-def _body(values, columns, rows, work, x, *refs, config, v, m, n, width, has_bias, activation):
+def _body(
+    values, columns, rows, work, x, *refs,
+    config, v, m, n, width, has_bias, has_addend, activation, id_words, window,
+):  # fmt: skip
     bias, refs = (refs[0], refs[1:]) if has_bias else (None, refs)
+    addend, refs = (refs[0], refs[1:]) if has_addend else (None, refs)
     y, a_tiles, b_tiles, ids, gathered, a_full, ids_full, empty = refs
     c = config
     program, block, warpgroup = lax.axis_index("program"), lax.axis_index("block"), lax.axis_index("warpgroup")
@@ -186,7 +200,7 @@ def _body(values, columns, rows, work, x, *refs, config, v, m, n, width, has_bia
     def _produce():
         plgpu.set_max_registers(c.registers[1], action="decrease")
         _producer(values, columns, x, a_tiles, b_tiles, ids, gathered, a_full, ids_full, empty,
-                  entry=entry, count=count, config=c, n=n)  # fmt: skip
+                  entry=entry, count=count, config=c, n=n, id_words=id_words, window=window)  # fmt: skip
 
     @pl.when(warpgroup < 2)
     def _consume():
@@ -194,16 +208,41 @@ def _body(values, columns, rows, work, x, *refs, config, v, m, n, width, has_bia
         height, wide = (v // 2, c.block_tokens) if c.split == "rows" else (v, c.block_tokens // 2)
         rows_first, tokens_first = (height, 0) if c.split == "rows" else (0, wide)
         row_layout = plgpu.Layout.WGMMA.reduce(1)
-        load_rows = functools.partial(ptx.stored_rows, count=height, layout=row_layout)
         store = functools.partial(ptx.store_rows, m=m, tokens=n)
         wait = _inline(functools.partial(ptx.wait, stages=c.stages), plain, splat)
 
-        def multiply(i, step):
-            steps, group, token_tile = entry(i, 1), entry(i, 2), entry(i, 3)
-            # Long before they are needed, so that the epilogue does not wait for them.
-            targets = _inline(
-                load_rows, plain, splat, result=plgpu.ShapeDtypeStruct((height,), jnp.int32, layout=row_layout)
-            )(rows, group * v + warpgroup * rows_first)
+        def of_rows(dtype):
+            return plgpu.ShapeDtypeStruct((height,), dtype, layout=row_layout)
+
+        def header(i):
+            """Steps, group and token tile of a tile; behind the last one zeros."""
+            i = jnp.minimum(i, count)
+            return entry(i, 1), entry(i, 2), entry(i, 3)
+
+        def targets_of(group):
+            load = functools.partial(ptx.stored_rows, count=height, layout=row_layout)
+            return _inline(load, plain, splat, result=of_rows(jnp.int32))(rows, group * v + warpgroup * rows_first)
+
+        def offsets_of(targets):
+            if not has_bias:
+                return None
+            load = functools.partial(ptx.row_bias, m=m, layout=row_layout)
+            return _inline(load, plain, row_layout, result=of_rows(jnp.float32))(bias, targets)
+
+        def added_to(targets, token_tile):
+            load = functools.partial(ptx.load_rows, height=height, width=wide, m=m, tokens=n)
+            first_token = token_tile * c.block_tokens + warpgroup * tokens_first
+            return _inline(load, plain, row_layout, splat, result=loaded)(addend, targets, first_token)
+
+        loaded = plgpu.ShapeDtypeStruct((height, wide), x.dtype, layout=plgpu.Layout.WGMMA)
+        # The addend too is read a tile ahead, where that leaves registers.
+        early = has_addend and height * wide <= MOST_EARLY
+
+        def multiply(i, carry):
+            # What the epilogue reads comes a tile before it is needed: header, rows and bias are a chain of loads.
+            step, steps, token_tile, targets, offsets, added, (next_steps, next_group, next_tile) = carry
+            next_targets, after_next = targets_of(next_group), header(i + 2)
+            next_added = added_to(next_targets, next_tile) if early else None
 
             def accumulate(acc):
                 def one(k, _):
@@ -232,28 +271,35 @@ def _body(values, columns, rows, work, x, *refs, config, v, m, n, width, has_bia
                 return acc[...]
 
             out = pl.run_scoped(accumulate, plgpu.ACC((height, wide), jnp.float32))
+            next_offsets = offsets_of(next_targets)
             if has_bias:
-                load_bias = functools.partial(ptx.row_bias, m=m, layout=row_layout)
-                offsets = _inline(
-                    load_bias, plain, row_layout,
-                    result=plgpu.ShapeDtypeStruct((height,), jnp.float32, layout=row_layout),
-                )(bias, targets)  # fmt: skip
                 out = out + lax.broadcast_in_dim(offsets, (height, wide), (0,))
-            out = _activate(activation, out).astype(x.dtype)
             first_token = token_tile * c.block_tokens + warpgroup * tokens_first
+            if has_addend:
+                added = added if early else added_to(targets, token_tile)
+                added = _inline(ptx.exchange_rows, plgpu.Layout.WGMMA, result=loaded)(added)
+                out = out + added.astype(jnp.float32)
+            out = _activate(activation, out).astype(x.dtype)
             _inline(store, plain, plgpu.Layout.WGMMA, row_layout, splat)(y, out, targets, first_token)
-            return step + steps
+            return step + steps, next_steps, next_tile, next_targets, next_offsets, next_added, after_next
 
-        lax.fori_loop(0, count, multiply, jnp.int32(0))
+        steps, group, token_tile = header(0)
+        targets = targets_of(group)
+        added = added_to(targets, token_tile) if early else None
+        carry = jnp.int32(0), steps, token_tile, targets, offsets_of(targets), added, header(1)
+        lax.fori_loop(0, count, multiply, carry)
 
 
-def _producer(values, columns, x, a_tiles, b_tiles, ids, gathered, a_full, ids_full, empty, *, entry, count, config, n):
+def _producer(
+    values, columns, x, a_tiles, b_tiles, ids, gathered, a_full, ids_full, empty,
+    *, entry, count, config, n, id_words, window,
+):  # fmt: skip
     c = config
     ring = c.stages + c.ahead
     plain, splat = plgpu.RefType(), plgpu.Layout.WG_SPLAT
     gather = _inline(
         functools.partial(
-            ptx.gather, tokens=n, block_k=BLOCK_K, block_tokens=c.block_tokens, first=2 * ptx.WARPGROUP
+            ptx.gather, tokens=n, block_k=BLOCK_K, block_tokens=c.block_tokens, first=2 * ptx.WARPGROUP, window=window
         ),
         plain, plain, plgpu.RefType(_transforms()), plain, splat, splat,
     )  # fmt: skip
@@ -265,7 +311,8 @@ def _producer(values, columns, x, a_tiles, b_tiles, ids, gathered, a_full, ids_f
 
         @pl.when(left > 0)
         def _copy():
-            plgpu.copy_gmem_to_smem(columns.at[pl.ds(block * BLOCK_K, BLOCK_K)], ids.at[place], ids_full.at[place])
+            some = pl.ds(block * BLOCK_K * id_words, BLOCK_K * id_words)
+            plgpu.copy_gmem_to_smem(columns.at[some], ids.at[place], ids_full.at[place])
 
         # Behind the last tile a row of zeros ends it: no steps left, and never exactly one again.
         return lax.cond(

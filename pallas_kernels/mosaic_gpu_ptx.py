@@ -14,6 +14,8 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm, vector
 from jaxlib.mlir.dialects import math as mlir_math
 
+from pallas_kernels.windows import Window
+
 WARPGROUP = 128
 SQRT_2_PI = math.sqrt(2 / math.pi)
 CHUNK = 16  # bytes that one asynchronous copy moves: eight two-byte tokens
@@ -46,15 +48,23 @@ def wait(barriers, step, *, stages: int) -> None:
     _emit("fence.proxy.async.shared::cta;", [])
 
 
-def gather(x, ids, tile, barriers, token_tile, slot, *, tokens: int, block_k: int, block_tokens: int, first: int):
-    """Starts copying `block_k` rows of the activations, `block_tokens` wide, to shared memory.
+def gather(
+    x, ids, tile, barriers, token_tile, slot,
+    *, tokens: int, block_k: int, block_tokens: int, first: int, window: Window | None = None,
+) -> None:  # fmt: skip
+    """Starts copying `block_k` rows of the right side, `block_tokens` wide, to shared memory.
 
     The warpgroup's threads share the 16-byte chunks: neighbours take neighbouring chunks of a row. A chunk lands where
     the 128-byte swizzle puts it. When a thread's copies are done, they arrive on the barrier of the slot by themselves.
 
+    With a window the right side is that of a convolution, which is stored nowhere: a token is an output position and
+    an image, a chunk eight images of one position, and zeros where a slot's tap falls outside of the image.
+
     Args:
-        x: (K, tokens) in global memory.
-        ids: (block_k,) int32 in shared memory, the rows to copy.
+        x: (K, tokens) in global memory; with a window (C H W, B), B a multiple of 8.
+        ids: (block_k,) int32 in shared memory, the rows to copy. With a window how many pixels a slot's tap lies behind
+            an output position's first tap; if that has borders (block_k, 2), the second the bits of the tap, see
+            `triton_conv.slot_tables`.
         tile: (block_k, block_tokens) in shared memory, tiled and swizzled.
         barriers: as in `init_barriers`.
         token_tile: which tile of tokens; chunks behind the last token repeat the last chunk.
@@ -63,29 +73,44 @@ def gather(x, ids, tile, barriers, token_tile, slot, *, tokens: int, block_k: in
         block_k: rows.
         block_tokens: tokens of a tile.
         first: index of the warpgroup's first thread in the program.
+        window: the geometry of a convolution, or None.
     """
     chunks = block_tokens * 2 // CHUNK
     rows_apart = WARPGROUP // chunks
     thread = arith.subi(_thread(), _i32(first))
     chunk, row = arith.remui(thread, _i32(chunks)), arith.divui(thread, _i32(chunks))
-    start = arith.addi(_mul(token_tile.registers.item(), block_tokens * 2), _mul(chunk, CHUNK))
-    start = arith.minui(start, _i32(tokens * 2 - CHUNK))
-    source = arith.addi(_global(x), _wide(start))
-    target, ids = _shared(tile), _shared(ids)
+    token = arith.addi(_mul(token_tile.registers.item(), block_tokens), _mul(chunk, CHUNK // 2))
+    token = arith.minui(token, _i32(tokens - CHUNK // 2))
+    if window is None:
+        start, inside, pitch, padded = _wide(_mul(token, 2)), _i32(0), tokens * 2, False
+    else:
+        batch = tokens // window.positions
+        start, inside = _corner(token, window, batch)
+        pitch, padded = batch * 2, window.is_padded
+    source, target, ids = arith.addi(_global(x), start), _shared(tile), _shared(ids)
     tiles_in_row = block_tokens * 2 // TILE_BYTES
     tile_in_row, chunk_in_tile = arith.divui(chunk, _i32(8)), arith.remui(chunk, _i32(8))
     rows = [arith.addi(row, _i32(rows_apart * i)) for i in range(block_k // rows_apart)]
-    i32 = ir.IntegerType.get_signless(32)
+    i32, i64 = ir.IntegerType.get_signless(32), ir.IntegerType.get_signless(64)
     for part in range(0, len(rows), 16):  # more ids at once would take too many registers
         some = rows[part : part + 16]
-        columns = [_emit("ld.shared.b32 $0, [$1];", [arith.addi(ids, _mul(r, 4))], i32) for r in some]
+        if padded:
+            columns = [_emit("ld.shared.b64 $0, [$1];", [arith.addi(ids, _mul(r, 8))], i64) for r in some]
+        else:
+            columns = [_emit("ld.shared.b32 $0, [$1];", [arith.addi(ids, _mul(r, 4))], i32) for r in some]
         for r, column in zip(some, columns, strict=True):
             in_tile = arith.remui(r, _i32(TILE_ROWS))
             index = arith.addi(_mul(arith.divui(r, _i32(TILE_ROWS)), tiles_in_row), tile_in_row)
             offset = arith.addi(_mul(index, TILE_ROWS * TILE_BYTES), _mul(in_tile, TILE_BYTES))
             offset = arith.addi(offset, _mul(arith.xori(in_tile, chunk_in_tile), CHUNK))
-            address = arith.addi(source, arith.muli(_wide(column), _i64(tokens * 2)))
-            _emit(f"cp.async.cg.shared.global [$0], [$1], {CHUNK};", [arith.addi(target, offset), address])
+            place, live = arith.addi(target, offset), []
+            if padded:
+                bits, column = arith.trunci(i32, arith.shrui(column, _i64(32))), arith.trunci(i32, column)
+                met = arith.cmpi(arith.CmpIPredicate.eq, arith.andi(bits, inside), bits)
+                live = [arith.select(met, _i32(CHUNK), _i32(0))]  # bytes to read; the others of the 16 are zeros
+            address = arith.addi(source, arith.muli(_wide(column), _i64(pitch)))
+            size = ", $2" if live else ""
+            _emit(f"cp.async.cg.shared.global [$0], [$1], {CHUNK}{size};", [place, address, *live])
     barrier = _barrier(barriers, slot.registers.item())
     _emit("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [$0];", [barrier])
 
@@ -149,6 +174,31 @@ def counted_rows(first, end, *, count: int, none: int, layout):
             live = arith.cmpi(arith.CmpIPredicate.ult, index, end.registers.item())
             found.append(arith.select(live, index, _i32(none)))
     return _row_array(found, count, layout, is_signed=True)
+
+
+def _corner(token, window: Window, batch: int) -> tuple:
+    """Where a token's output position has its first tap, in bytes from the first pixel, and the bits of its taps.
+
+    A tap has the bits i and kh + j: of its row and its column of the filter, if those lie inside of the image.
+    """
+    position, image = arith.divui(token, _i32(batch)), arith.remui(token, _i32(batch))
+    width = _i32(window.outputs[1])
+    starts = [
+        arith.subi(_mul(at, stride), _i32(low))
+        for at, stride, (low, _) in zip(
+            (arith.divui(position, width), arith.remui(position, width)), window.strides, window.padding, strict=True
+        )
+    ]
+    pixel = arith.addi(_mul(starts[0], window.image[1]), starts[1])
+    start = arith.addi(arith.muli(_signed(pixel), _i64(batch * 2)), _wide(_mul(image, 2)))
+    inside, first = _i32(0), 0
+    for at, taps, d, size in zip(starts, window.kernel, window.dilation, window.image, strict=True):
+        for tap in range(taps):
+            # Unsigned, a negative place is a large one.
+            real = arith.cmpi(arith.CmpIPredicate.ult, arith.addi(at, _i32(tap * d)), _i32(size))
+            inside = arith.ori(inside, arith.select(real, _i32(1 << (first + tap)), _i32(0)))
+        first += taps
+    return start, inside
 
 
 def stored_rows(rows, first, *, count: int, layout):
@@ -224,24 +274,94 @@ def store_rows(y, tile, rows, first_token, *, m: int, tokens: int) -> None:
         m: M.
         tokens: N, a multiple of 8.
     """
-    i32 = ir.IntegerType.get_signless(32)
-    height, width = tile.shape
-    # What a thread holds more than one of: 64-row blocks, eight-token blocks, halves of its warp's 16 rows.
-    packed = _objects([utils.bitcast(r, i32) for r in tile.registers.flat]).reshape(height // 64, width // 8, 2)
+    packed, quad = _words(tile), arith.remui(_thread(), _i32(4))
+    for block, i, half, address, live in _runs(y, rows, first_token, tile.shape[1], m, tokens):
+        words = _exchange(list(packed[block, i : i + 4, half]), quad)
+        store = "{ .reg .pred live; setp.ne.b32 live, $5, 0; @live st.global.v4.b32 [$0], {$1, $2, $3, $4}; }"
+        _emit(store, [address, *words, live])
+
+
+def load_rows(x, rows, first_token, *, height: int, width: int, m: int, tokens: int):
+    """Starts loading what `store_rows` would store: a (height, width) two-byte tile, zeros where it is out of range.
+
+    Args:
+        x: (M, tokens) in global memory.
+        rows: as in `store_rows`.
+        first_token: as in `store_rows`.
+        height: rows of the tile.
+        width: tokens of the tile.
+        m: M.
+        tokens: N, a multiple of 8.
+
+    Returns:
+        The registers of the tile, as they come from memory: `exchange_rows` puts them in order when they are needed.
+    """
+    dtype = ir.MemRefType(x.type).element_type
+    packed = np.empty((height // 64, width // 8, 2), dtype=object)
+    for block, i, half, address, live in _runs(x, rows, first_token, width, m, tokens):
+        packed[block, i : i + 4, half] = _load_words(address, live)
+    return _accumulator(packed, dtype)
+
+
+def exchange_rows(tile):
+    """Puts what `load_rows` returned in the order of a wgmma accumulator."""
+    packed = _words(tile)
     quad = arith.remui(_thread(), _i32(4))
-    token = arith.addi(first_token.registers.item(), _mul(quad, 8))
-    base = _global(y)
+    for block, half in np.ndindex(packed.shape[0], 2):
+        for i in range(0, packed.shape[1], 4):
+            # To exchange is its own inverse.
+            packed[block, i : i + 4, half] = _exchange(list(packed[block, i : i + 4, half]), quad)
+    return _accumulator(packed, tile.mlir_dtype)
+
+
+def _words(tile):
+    """The 32-bit registers that a thread holds of a two-byte tile in the layout of a wgmma accumulator.
+
+    Returns:
+        An array of them: by 64-row block, eight-token block, and half of the warp's 16 rows.
+    """
+    height, width = tile.shape
+    words = _objects([utils.bitcast(r, ir.IntegerType.get_signless(32)) for r in tile.registers.flat])
+    return words.reshape(height // 64, width // 8, 2)
+
+
+def _accumulator(words, dtype):
+    """The inverse of `_words`."""
+    blocks, eights, _ = words.shape
+    registers = _objects([utils.bitcast(word, ir.VectorType.get((2,), dtype)) for word in words.flat])
+    registers = registers.reshape(fa.WGMMA_LAYOUT.registers_shape((64 * blocks, 8 * eights)))
+    return fa.FragmentedArray(_registers=registers, _layout=fa.WGMMA_LAYOUT, _is_signed=None)
+
+
+def _runs(array, rows, first_token, width: int, m: int, tokens: int):
+    """The 16-byte runs of a (M, tokens) array that a thread holds of a tile after an exchange.
+
+    Yields:
+        (64-row block, first of four eight-token blocks, half of the warp's 16 rows, address, 1 if it is in range).
+    """
+    token = arith.addi(first_token.registers.item(), _mul(arith.remui(_thread(), _i32(4)), 8))
+    base = _global(array)
     for index, row in enumerate(map(_scalar, rows.registers.flat)):
         block, half = divmod(index, 2)
         live_row = arith.cmpi(arith.CmpIPredicate.ult, row, _i32(m))
         start = arith.addi(base, arith.muli(_wide(row), _i64(tokens * 2)))
         for i in range(0, width // 8, 4):
-            words = _exchange(list(packed[block, i : i + 4, half]), quad)
             at = arith.addi(token, _i32(8 * i))
             live = arith.andi(live_row, arith.cmpi(arith.CmpIPredicate.ult, at, _i32(tokens)))
             address = arith.addi(start, arith.muli(_wide(at), _i64(2)))
-            store = "{ .reg .pred live; setp.ne.b32 live, $5, 0; @live st.global.v4.b32 [$0], {$1, $2, $3, $4}; }"
-            _emit(store, [address, *words, arith.extui(i32, live)])
+            yield block, i, half, address, arith.extui(ir.IntegerType.get_signless(32), live)
+
+
+def _load_words(address, live) -> list:
+    """Four 32-bit words of global memory, zeros where `live` is 0."""
+    i32 = ir.IntegerType.get_signless(32)
+    load = (
+        "{ .reg .pred live; setp.ne.b32 live, $5, 0; mov.b32 $0, 0; mov.b32 $1, 0; mov.b32 $2, 0; mov.b32 $3, 0; "
+        "@live ld.global.nc.v4.b32 {$0, $1, $2, $3}, [$4]; }"
+    )
+    kind, constraints = ir.Type.parse("!llvm.struct<(i32, i32, i32, i32)>"), "=&r,=&r,=&r,=&r,l,r"
+    words: Any = llvm.inline_asm(kind, [address, live], load, constraints, asm_dialect=0, has_side_effects=True)
+    return [llvm.extractvalue(i32, words, [i]) for i in range(4)]
 
 
 def _exchange(words, quad):
@@ -291,9 +411,10 @@ def _scalar(register):
 
 
 def _emit(ptx: str, operands, result: ir.Type | None = None) -> Any:
-    """One inline-PTX operation: integers only, 32 or 64 bits wide, and at most one 32-bit result."""
-    constraints = ["l" if o.type == ir.IntegerType.get_signless(64) else "r" for o in operands]
-    constraints = (["=r"] if result is not None else []) + constraints
+    """One inline-PTX operation: integers only, 32 or 64 bits wide, and at most one result."""
+    i64 = ir.IntegerType.get_signless(64)
+    constraints = ["l" if o.type == i64 else "r" for o in operands]
+    constraints = ([] if result is None else ["=l" if result == i64 else "=r"]) + constraints
     kind = ir.Type.parse("!llvm.void") if result is None else result
     return llvm.inline_asm(kind, operands, ptx, ",".join(constraints), asm_dialect=0, has_side_effects=True)
 
@@ -312,6 +433,10 @@ def _mul(value, factor: int):
 
 def _wide(value):
     return arith.extui(ir.IntegerType.get_signless(64), value)
+
+
+def _signed(value):
+    return arith.extsi(ir.IntegerType.get_signless(64), value)
 
 
 def _is_equal(value, constant: int):

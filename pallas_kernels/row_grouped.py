@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels.pairs import unpack
+from pallas_kernels.windows import Window
 
 INT32_MAX = np.iinfo(np.int32).max
 
@@ -21,8 +22,8 @@ HostArray = jax.Array | np.ndarray
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=["columns", "group_ptr", "rows", "counts", "positions", "pairs"],
-    meta_fields=["m", "k", "group_size", "max_count", "buckets", "k_contiguous", "sentinels"],
+    data_fields=["columns", "group_ptr", "rows", "counts", "positions", "pairs", "places"],
+    meta_fields=["m", "k", "group_size", "max_count", "buckets", "k_contiguous", "sentinels", "window"],
 )
 @dataclasses.dataclass(frozen=True)
 class Topology:
@@ -51,6 +52,8 @@ class Topology:
         buckets: None, or ((groups, slots), ...): the segment lengths known when tracing, in the order of the groups.
         k_contiguous: whether every segment of the values is stored transposed, as (V, slots) (see `slot_values`).
         sentinels: whether a column may be the sentinel K; False saves a product the comparison.
+        places: None, or in a topology prepared for a convolution where its slots point, see `triton_conv.slot_places`.
+        window: the geometry of that convolution.
     """
 
     columns: jax.Array
@@ -66,6 +69,8 @@ class Topology:
     buckets: tuple[tuple[int, int], ...] | None = None
     k_contiguous: bool = False
     sentinels: bool = True
+    places: jax.Array | None = None
+    window: Window | None = None
 
     @property
     def num_groups(self) -> int:

@@ -16,7 +16,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from pallas_kernels import configs, two_four
+from pallas_kernels import configs, triton, two_four
 from pallas_kernels.configs import Config
 from pallas_kernels.row_grouped import INT32_MAX, RowGrouped, Topology, expand
 from pallas_kernels.triton_forward import ACTIVATIONS, FAST_ACTIVATIONS
@@ -57,6 +57,11 @@ def forward(matrix, x, bias, *, window, activation, precision, config=None):
         NotImplementedError: a group size, dtype or filter size the kernel does not do.
     """
     topology, batch = matrix.topology, x.shape[-1]
+    if window.is_matmul:
+        flat = x.reshape(topology.k, -1)
+        return triton.forward(
+            matrix, flat, bias, activation=activation, layout="feature_major", precision=precision, config=config
+        )
     _check(topology, x.dtype, window)
     if batch == 0:
         return jnp.zeros((topology.m, 0), x.dtype)
@@ -79,6 +84,9 @@ def grad_values(topology, x, dy, *, window, precision, config=None):
     Raises:
         NotImplementedError: a group size, dtype or filter size the kernel does not do.
     """
+    if window.is_matmul:
+        flat = x.reshape(topology.k, -1)
+        return triton.grad_values(topology, flat, dy, layout="feature_major", precision=precision, config=config)
     _check(topology, x.dtype, window)
     if x.shape[-1] == 0:
         return jnp.zeros((topology.num_slots, topology.group_size), x.dtype)
@@ -111,6 +119,9 @@ def grad_input(matrix, dy, *, window, precision):
     Raises:
         NotImplementedError: a group size or dtype the kernel does not do.
     """
+    if window.is_matmul:
+        dx = triton.grad_input(matrix, dy, layout="feature_major", precision=precision)
+        return dx.reshape(window.channels, *window.image, -1)
     check(matrix.topology, dy.dtype)
     return dense_grad_input(decompress(matrix), dy, window, precision)
 
@@ -130,21 +141,34 @@ def slot_tables(topology: Topology, window: Window) -> tuple[jax.Array, jax.Arra
     return pixels.astype(jnp.int32), bits.astype(jnp.int32)
 
 
-def _check(topology: Topology, dtype, window: Window) -> None:
-    check(topology, dtype)
+def slot_places(topology: Topology, window: Window) -> jax.Array:
+    """Where the slots point, in one array: (P, 2) int32 of `slot_tables`, or without borders (P,) of its first."""
+    if topology.places is not None and topology.window == window:
+        return topology.places
+    pixels, bits = slot_tables(topology, window)
+    return jnp.stack([pixels, bits], axis=-1) if window.is_padded else pixels
+
+
+def check_window(window: Window) -> None:
+    """Raises NotImplementedError for filters and images that `slot_tables` cannot describe."""
     if sum(window.kernel) > MAX_TAPS:
         raise NotImplementedError(
-            f"the Triton kernels do filters of at most {MAX_TAPS} rows and columns together, got {window.kernel}"
+            f"the GPU kernels do filters of at most {MAX_TAPS} rows and columns together, got {window.kernel}"
         )
     if window.channels * window.image[0] * window.image[1] > INT32_MAX:
         raise NotImplementedError(
-            f"the Triton kernels do images of at most 2^31 numbers, got {window.channels} channels of {window.image}"
+            f"the GPU kernels do images of at most 2^31 numbers, got {window.channels} channels of {window.image}"
         )
+
+
+def _check(topology: Topology, dtype, window: Window) -> None:
+    check(topology, dtype)
+    check_window(window)
 
 
 def _config(op: configs.Op, topology: Topology, x: jax.Array, window: Window) -> Config:
     """The config of the product that the convolution is, with one output position and image a token."""
-    tokens = window.outputs[0] * window.outputs[1] * x.shape[-1]
+    tokens = window.positions * x.shape[-1]
     return configs.config(problem(op, topology, jax.ShapeDtypeStruct((topology.k, tokens), x.dtype)), device_kind())
 
 
@@ -169,7 +193,7 @@ def _pixels(x: jax.Array) -> jax.Array:
 
 def _forward(matrix: RowGrouped, x, bias, window: Window, activation, precision, config: Config):
     topology, c = matrix.topology, config
-    groups, v, n = topology.num_groups, topology.group_size, window.outputs[0] * window.outputs[1] * x.shape[-1]
+    groups, v, n = topology.num_groups, topology.group_size, window.positions * x.shape[-1]
     rows = min(c.block_rows, v)
     kernel = functools.partial(
         _forward_kernel,

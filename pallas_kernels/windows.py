@@ -48,6 +48,11 @@ class Window:
         )
 
     @property
+    def positions(self) -> int:
+        """Pixels H' W' of the output."""
+        return self.outputs[0] * self.outputs[1]
+
+    @property
     def features(self) -> int:
         """Columns K = kh * kw * C of the filter matrix."""
         return self.kernel[0] * self.kernel[1] * self.channels

@@ -27,6 +27,9 @@ def forward(
     precision: lax.PrecisionLike,
 ) -> jax.Array:
     """Computes activation(filters * x + bias), (C, H, W, B) to (M, H' W' B); see `pallas_kernels.conv2d`."""
+    if window.is_matmul:
+        x = x.reshape(window.channels, -1)
+        return xla.forward(matrix, x, bias, layout="feature_major", activation=activation, precision=precision)
     y = xla.gathered_product(matrix, _gather(x, window), _tokens(x, window), precision)
     if bias is not None:
         y = y + bias[:, None]
@@ -37,11 +40,17 @@ def grad_values(
     topology: Topology, x: jax.Array, dy: jax.Array, *, window: Window, precision: lax.PrecisionLike
 ) -> jax.Array:
     """Computes the gradient of the values, (P, V) in their arrangement; zero on padding and sentinel rows."""
+    if window.is_matmul:
+        x = x.reshape(window.channels, -1)
+        return xla.grad_values(topology, x, dy, layout="feature_major", precision=precision)
     return xla.gathered_gradient(topology, _gather(x, window), dy.astype(x.dtype), precision)
 
 
 def grad_input(matrix: RowGrouped, dy: jax.Array, *, window: Window, precision: lax.PrecisionLike) -> jax.Array:
     """Computes the gradient of x, (C, H, W, B), as a dense convolution with the decompressed filters."""
+    if window.is_matmul:
+        dx = xla.grad_input(matrix, dy, layout="feature_major", precision=precision)
+        return dx.reshape(window.channels, *window.image, -1)
     return dense_grad_input(to_dense(matrix), dy, window, precision)
 
 
@@ -68,7 +77,7 @@ def dense(weight: jax.Array, x: jax.Array, window: Window, precision: lax.Precis
 
 
 def _tokens(x: jax.Array, window: Window) -> int:
-    return window.outputs[0] * window.outputs[1] * x.shape[-1]
+    return window.positions * x.shape[-1]
 
 
 def _gather(x: jax.Array, window: Window) -> xla.Gather:

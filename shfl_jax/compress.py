@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -40,7 +41,11 @@ class LayerTopology:
 
 
 def compress(
-    params: Any, masks: Masks, *, tokens: int | Sequence[int] = (), dtype: DTypeLike | None = None
+    params: Any,
+    masks: Masks,
+    *,
+    tokens: int | Sequence[int] | Mapping[str, int | Sequence[int]] = (),
+    dtype: DTypeLike | None = None,
 ) -> dict[str, Any]:
     """Stores every pruned kernel as a row-grouped matrix. On the host, because sizes depend on the masks.
 
@@ -51,7 +56,9 @@ def compress(
         params: the parameter tree: nested dicts of Linen or an `nnx.State`.
         masks: the masks to apply.
         tokens: the token counts N the model will run with. A layer predicted to run below `SLOWEST` of dense at one of
-            them stays dense, where the default device has a table of measurements (`pallas_kernels.predict`).
+            them stays dense, where the default device has a table of measurements (`pallas_kernels.predict`). A mapping
+            holds those of each layer by its path: a convolution has as many as all of its output images have pixels
+            (`pallas_kernels.predict_convolution`, which knows convolutions with channels first).
         dtype: what the layers compute in, for that prediction; None: the dtype of their kernels. For a dtype that was
             never measured bfloat16's speed-up is assumed. Storage keeps its own dtype.
 
@@ -64,13 +71,15 @@ def compress(
         ValueError: the tree lacks a layer; a kernel or mask has a wrong shape or dtype; a kernel holds NaN or inf; one
             array is stored at two paths (tied weights). The text names the layer and the fix. Nothing is changed.
     """
-    tokens = tuple(int(n) for n in np.atleast_1d(np.asarray(tokens, int)))
-    if any(n < 1 for n in tokens):
+    counts = {spec.path: tokens.get(spec.path, ()) if isinstance(tokens, Mapping) else tokens for spec in masks.specs}
+    counts = {path: tuple(int(n) for n in np.atleast_1d(np.asarray(of, int))) for path, of in counts.items()}
+    if any(n < 1 for of in counts.values() for n in of):
         raise ValueError(f"tokens are counts of at least 1, got {tokens}")
     kernels = path_leaves(params)
     _check_untied(kernels, masks)
     values, topology = {}, {}
     for spec in masks.specs:
+        expected = counts[spec.path]
         if spec.path not in kernels:
             raise ValueError(f"the parameters have no {spec.path!r}; pass the tree that the specs were resolved from")
         mask = masks[spec.path]
@@ -78,32 +87,36 @@ def compress(
         reason = _why_dense(mask, spec)
         if reason:
             values[spec.path] = spec.from_matrix(jnp.where(mask.elements(), weight, 0))
-            topology[spec.path] = LayerTopology(None, spec, reason, tokens)
+            topology[spec.path] = LayerTopology(None, spec, reason, expected)
         else:
             matrix = compress_kernel(weight, mask)
-            reason = _why_slower(matrix, tokens, jnp.dtype(dtype or matrix.dtype).name)
+            reason = _why_slower(matrix, spec, expected, jnp.dtype(dtype or matrix.dtype).name)
             if reason:
                 values[spec.path] = spec.from_matrix(jnp.where(mask.elements(), weight, 0))
-                topology[spec.path] = LayerTopology(None, spec, reason, tokens)
+                topology[spec.path] = LayerTopology(None, spec, reason, expected)
                 continue
             values[spec.path] = matrix.values
-            topology[spec.path] = LayerTopology(matrix.topology, spec, "", tokens)
+            topology[spec.path] = LayerTopology(matrix.topology, spec, "", expected)
     return {"params": update_paths(params, values), "topology": nest(topology)}
 
 
-def _why_slower(matrix: RowGrouped, tokens: tuple[int, ...], dtype: str) -> str:
+def _why_slower(matrix: RowGrouped, spec: LayerSpec, tokens: tuple[int, ...], dtype: str) -> str:
     """Why a layer would not pay at the declared token counts on the default device, "" if it would or nobody knows."""
-    device, topology = jax.devices()[0].device_kind, matrix.topology
-    problem = {
+    topology = matrix.topology
+    problem: dict[str, Any] = {
         "slots": topology.num_slots,
         "group_size": topology.group_size,
-        "equal": topology.equal_counts,
-        "device": device,
+        "device": jax.devices()[0].device_kind,
     }
+    if len(spec.in_axes) == 3:  # the kernel of a convolution: its places, the channels and the features
+        taps = math.prod(spec.shape[axis] for axis in spec.in_axes[:-1])
+        predict = functools.partial(pallas_kernels.predict_convolution, taps=taps, **problem)
+    else:
+        predict = functools.partial(pallas_kernels.predict, equal=topology.equal_counts, **problem)
     for n in tokens:
-        prediction = pallas_kernels.predict(*matrix.shape, n, dtype=dtype, **problem)
+        prediction = predict(*matrix.shape, n, dtype=dtype)
         if prediction is None:  # the ratio of another dtype is a better guess than none
-            prediction = pallas_kernels.predict(*matrix.shape, n, dtype="bfloat16", **problem)
+            prediction = predict(*matrix.shape, n, dtype="bfloat16")
         if prediction is not None and prediction.speedup < SLOWEST:
             return f"predicted at {prediction.speedup:.2f} of dense speed for {n} tokens"
     return ""

@@ -4,7 +4,9 @@ import json
 
 import pytest
 
+import pallas_kernels
 from benchmarks import conv
+from pallas_kernels import configs, conv_cost
 
 
 def test_the_layers_are_those_of_a_resnet50():
@@ -41,5 +43,26 @@ def test_the_program_runs_and_resumes(tmp_path, capsys, monkeypatch):
     capsys.readouterr()
     conv.main(arguments)
     assert capsys.readouterr().out == ""
+    conv.main(["--size", "tiny", "--model", "--out", str(out)])
+    models = json.loads(out.read_text())["records"][len(records) :]
+    assert [(r["pattern"], r["layout"]) for r in models] == [("dense", "NHWC"), ("dense", "NHWC"), ("shfl_bw", "CHWN")]
+    assert all(r["relative_error"] < 3e-2 and r["time_us"] > 0 for r in models)
+    assert models[-1]["compressed_layers"] == 5
+    monkeypatch.setattr(configs, "TABLES", tmp_path)
+    out.write_text(json.dumps({"records": [r | {"group_size": 32} for r in records]}))
+    conv.main(["--size", "tiny", "--table", "--out", str(out)])
+    entries = json.loads((tmp_path / "cpu-conv.json").read_text())["entries"]
+    (measured,) = [r for r in records if r.get("default")]
+    assert measured["implementation"] == "xla"
+    problem = {"taps": 9, "slots": 9, "group_size": 32, "device": "cpu"}
+    conv_cost._table.cache_clear()
+    found = pallas_kernels.predict_convolution(32, 36, 8 * 25, **problem)
+    assert found == (measured["time_us"], measured["dense_time_us"])
+    assert len(entries) == 1
+    twice = pallas_kernels.predict_convolution(32, 36, 16 * 25, **problem)
+    assert twice == pytest.approx((2 * measured["time_us"], 2 * measured["dense_time_us"]))
+    for other in ({"taps": 1}, {"device": "gpu"}, {"group_size": 64}, {"dtype": "float32"}):
+        assert pallas_kernels.predict_convolution(32, 36, 200, **(problem | other)) is None
+    conv_cost._table.cache_clear()
     with pytest.raises(SystemExit):
         conv.main([])

@@ -477,6 +477,28 @@ def test_prepared_matrices_stand_for_the_same_weights(implementation):
     np.testing.assert_array_equal(to_dense_stacked(pk.prepare(matrix, implementation)), dense)
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_addends(layout):
+    matrix, dense = make(20, 12, 16)
+    rng = np.random.default_rng(0)
+    x, addend, dy = (jnp.asarray(rng.standard_normal(shape), jnp.float32) for shape in ((6, 12), (6, 20), (6, 20)))
+    turn = jnp.transpose if layout == "feature_major" else lambda a: a
+    tokens = (2, 3)
+
+    @jax.jit
+    def run(x, addend):
+        x, addend = (a.reshape(*tokens, -1) if layout == "token_major" else a.reshape(-1, *tokens) for a in (x, addend))
+        y = pk.matmul(matrix, x, addend=addend, activation="gelu", layout=layout, implementation="xla")
+        return y.reshape(-1, 20) if layout == "token_major" else y.reshape(20, -1)
+
+    y, pull = jax.vjp(run, turn(x), turn(addend))
+    wanted, back = jax.vjp(lambda x, addend: jax.nn.gelu(x @ jnp.asarray(dense, jnp.float32).T + addend), x, addend)
+    for found, want in zip((y, *pull(turn(dy))), (wanted, *back(dy)), strict=True):
+        np.testing.assert_allclose(turn(found), want, rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match="addend must have the result's shape"):
+        pk.matmul(matrix, turn(x), addend=turn(x), layout=layout)
+
+
 def test_errors(implementation):
     matrix, _ = make(20, 12, 16)
     x = jnp.ones((4, 12))

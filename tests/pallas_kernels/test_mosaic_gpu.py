@@ -12,7 +12,7 @@ from jax.experimental.mosaic.gpu import fragmented_array as layouts
 from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
 
 import pallas_kernels as pk
-from pallas_kernels import mosaic_gpu, triton_tiles, tune
+from pallas_kernels import mosaic_gpu, mosaic_gpu_conv, triton_conv, triton_tiles, tune, windows
 from pallas_kernels import mosaic_gpu_forward as kernel
 from pallas_kernels import mosaic_gpu_ptx as ptx
 from pallas_kernels.row_grouped import to_dense
@@ -70,6 +70,32 @@ def test_dtypes_and_epilogues_lower_for_cuda(dtype, activation):
     matrix, x, bias = operands(128, dtype)
     assert "mosaic_gpu" in lower(forward(None, activation), matrix, x, None)
     assert "mosaic_gpu" in lower(forward(None, activation, "token_major"), matrix, x.T, bias)
+    added = functools.partial(pk.matmul, layout="feature_major", implementation="mosaic_gpu", activation=activation)
+    text = lower(lambda matrix, x, addend: added(matrix, x, addend=addend), matrix, x, jnp.zeros((300, 520), dtype))
+    assert "mosaic_gpu" in text
+    assert "stablehlo.add" not in text
+
+
+@pytest.mark.parametrize("size", [1, 3])
+def test_convolutions_lower_for_cuda(size):
+    window = windows.window((9, 7), 8, (size, size), 2, "SAME", 1)
+    matrix, _, bias = operands(64, k=window.features)
+    call = functools.partial(mosaic_gpu_conv.forward, window=window, activation="relu", precision=None)
+    x = jnp.zeros((8, 9, 7, 16), jnp.bfloat16)
+    text = lower(call, matrix, x, bias)
+    assert "mosaic_gpu" in text
+    assert "stablehlo.divide" in text or "remainder" in text  # where the slots point, from the columns
+    filters = tune.random_matrix(300, window.features, 0.5, 64, equal=False, dtype="bfloat16")
+    for prepared in (pk.prepare(filters, "mosaic_gpu", window), pk.prepare(filters, "triton", window)):
+        text = lower(call, prepared, x, bias)
+        assert "mosaic_gpu" in text
+        assert "remainder" not in text
+    with pytest.raises(ValueError, match="are no filters for Window"):
+        pk.prepare(filters, "mosaic_gpu", dataclasses.replace(window, channels=9))
+    with pytest.raises(ValueError, match="prepared already"):
+        pk.prepare(matrix, "mosaic_gpu", window)
+    with gpu_mesh(), pytest.raises(NotImplementedError, match="multiples of 8, got 12"):
+        call(matrix, jnp.zeros((8, 9, 7, 12), jnp.bfloat16), bias)
 
 
 def test_by_name_gradients_and_vmap_lower_for_cuda():
@@ -150,6 +176,9 @@ def test_a_schedule_deals_every_tile_once(segments, programs, band):
 # The instructions of a warpgroup, played in NumPy: a value is an array with one number per thread.
 
 
+ZEROS = -1  # where a copy that reads nothing comes from
+
+
 class Machine:
     """Stands in for the modules that emit instructions, and runs them at once."""
 
@@ -158,10 +187,15 @@ class Machine:
         at = {int(thread): i for i, thread in enumerate(threads)}
         arith = types.SimpleNamespace(
             addi=np.add, subi=np.subtract, muli=np.multiply, remui=np.remainder, divui=np.floor_divide,
-            andi=np.bitwise_and, xori=np.bitwise_xor, minui=np.minimum, select=np.where,
+            andi=np.bitwise_and, ori=np.bitwise_or, xori=np.bitwise_xor, shrui=np.right_shift,
+            minui=np.minimum, select=np.where,
             extui=lambda kind, value: np.asarray(value).astype(np.int64),
+            extsi=lambda kind, value: np.asarray(value).astype(np.int64),
+            trunci=lambda kind, value: np.asarray(value) & (2**kind - 1),
             cmpi=lambda how, a, b: how(a, b),
-            CmpIPredicate=types.SimpleNamespace(eq=np.equal, ne=np.not_equal, ult=np.less),
+            CmpIPredicate=types.SimpleNamespace(
+                eq=np.equal, ne=np.not_equal, ult=lambda a, b: np.asarray(a).astype(np.uint32) < b
+            ),
         )  # fmt: skip
         utils = types.SimpleNamespace(
             thread_idx=lambda: threads,
@@ -173,16 +207,22 @@ class Machine:
                 get_signless=lambda bits: bits)),
             "_i32": int, "_i64": int, "_wide": lambda value: value, "_scalar": lambda value: value,
             "_shared": lambda ref: ref, "_global": lambda ref: ref, "_emit": self.emit,
-            "_row_array": lambda values, *_, **__: array(*values),
+            "_load_words": self.load_words, "_row_array": lambda values, *_, **__: array(*values),
         }.items():  # fmt: skip
             monkeypatch.setattr(ptx, name, value)
+
+    def load_words(self, address, live):
+        at = [np.where(live, address + 4 * j, ZEROS) for j in range(4)]
+        return [np.vectorize(self.memory.__getitem__)(a) for a in at]
 
     def emit(self, text, operands, result=None):
         if "ld." in text:
             return np.vectorize(self.memory.__getitem__)(operands[0])
         if "cp.async.cg" in text:
-            target, source = np.broadcast_arrays(*operands)
-            self.copied += list(zip(target.tolist(), source.tolist(), strict=True))
+            target, source, size = np.broadcast_arrays(*operands, *([] if len(operands) == 3 else [ptx.CHUNK]))
+            assert set(size.tolist()) <= {0, ptx.CHUNK}
+            sources = np.where(size, source, ZEROS)
+            self.copied += list(zip(target.tolist(), sources.tolist(), strict=True))
         elif "st.global.v4" in text:
             address, *words, live = operands
             for i in np.flatnonzero(live):
@@ -235,6 +275,40 @@ def test_copied_rows_fill_the_swizzled_tile(monkeypatch, count):
             assert copied[tile + offset] == x + 2 * (column * tokens + step * 64) + chunk * 16
 
 
+@pytest.mark.parametrize(
+    ("size", "strides", "padding", "dilation"),
+    [((3, 3), 1, "SAME", 1), ((3, 2), 2, "SAME", (2, 1)), ((2, 5), (1, 3), "VALID", 1), ((1, 1), 2, "SAME", 1)],
+)
+@pytest.mark.parametrize("token_tile", [0, 1])
+def test_gather_of_a_convolution_meets_the_right_pixels(monkeypatch, size, strides, padding, dilation, token_tile):
+    batch, channels, x, ids, tile = 24, 5, 10**6, 1000, 4096
+    window = windows.window((9, 7), channels, size, strides, padding, dilation)
+    tokens, rng = window.positions * batch, np.random.default_rng(0)
+    columns = rng.integers(0, window.features, 64)
+    topology = types.SimpleNamespace(columns=jnp.asarray(columns, jnp.int32))
+    pixels, bits = (np.asarray(a, np.int64) for a in triton_conv.slot_tables(topology, window))
+    words = pixels | bits << 32 if window.is_padded else pixels
+    machine = Machine(monkeypatch, np.arange(256, 384), {
+        ids + (8 if window.is_padded else 4) * i: word for i, word in enumerate(words)
+    })  # fmt: skip
+    ptx.gather(x, ids, tile, 0, array(token_tile), array(0), tokens=tokens, block_k=64, block_tokens=256, first=256,
+               window=window)  # fmt: skip
+    copied = dict(machine.copied)
+    places = np.arange(channels * 63 * batch).reshape(channels, 9, 7, batch)
+    border = [(0, 0), *window.padding, (0, 0)]
+    padded = np.pad(places, border, constant_values=ZEROS)
+    for row, column in enumerate(columns):
+        tap, channel = divmod(column, channels)
+        i, j = (at * d for at, d in zip(divmod(tap, size[1]), window.dilation, strict=True))
+        met = padded[channel, i :: window.strides[0], j :: window.strides[1]]
+        met = met[: window.outputs[0], : window.outputs[1]].reshape(-1)
+        for chunk in range(256 // 8):
+            token = token_tile * 256 + 8 * chunk
+            if token < tokens:
+                offset = ((row // 8) * 4 + chunk // 8) * 1024 + row % 8 * 128 + ((chunk % 8) ^ row % 8) * 16
+                assert copied[tile + offset] == (ZEROS if met[token] == ZEROS else x + 2 * met[token])
+
+
 @pytest.mark.parametrize(("height", "width"), [(64, 256), (128, 128), (64, 64)])
 @pytest.mark.parametrize("first_token", [0, 448])
 def test_store_puts_every_pair_where_its_row_says(monkeypatch, height, width, first_token):
@@ -261,6 +335,21 @@ def test_store_puts_every_pair_where_its_row_says(monkeypatch, height, width, fi
         if stored[i] < m and first_token + j < tokens
     }
     assert machine.written == want
+    # What is stored is what comes back, zeros where nothing was stored.
+    space = types.SimpleNamespace
+    monkeypatch.setattr(ptx, "fa", space(
+        WGMMA_LAYOUT=layouts.WGMMA_LAYOUT,
+        FragmentedArray=lambda _registers, **_: space(registers=_registers, shape=(height, width), mlir_dtype=None),
+    ))  # fmt: skip
+    kinds = {"MemRefType": lambda kind: space(element_type=None), "VectorType": space(get=lambda *_: None)}
+    monkeypatch.setattr(ptx, "ir", space(IntegerType=ptx.ir.IntegerType, **kinds))
+    monkeypatch.setattr(ptx, "_global", lambda ref: y)
+    machine.memory |= {ZEROS: 0} | want
+    loaded = ptx.load_rows(space(type=None), rows, array(first_token), height=height, width=width, m=m,
+                           tokens=tokens)  # fmt: skip
+    address = [y + 2 * (stored[r // 1000] * tokens + first_token + r % 1000) for r in registers]
+    for found, at in zip(ptx.exchange_rows(loaded).registers.reshape(-1), address, strict=True):
+        np.testing.assert_array_equal(found, [want.get(a, 0) for a in at])
 
 
 def test_registers_come_in_the_order_the_store_expects():
@@ -283,9 +372,12 @@ def hopper():
 def test_products_on_a_gpu(hopper, v, config, dtype):
     for activation, equal, n in ((None, False, 520), ("gelu", True, 264), ("silu", False, 1048), ("relu", False, 264)):
         matrix, x, bias = operands(v, dtype, m=700, k=333, n=n, equal=equal)
-        got = np.asarray(forward(config, activation)(matrix, x, bias).astype(jnp.float32), np.float64)
-        w, x, bias = (np.asarray(a.astype(jnp.float32), np.float64) for a in (to_dense(matrix), x, bias))
-        y = jnp.asarray(w @ x + bias[:, None])
+        addend = jax.random.normal(jax.random.key(3), (700, n), dtype)
+        got = np.asarray(forward(config, activation)(matrix, x, bias, addend=addend).astype(jnp.float32), np.float64)
+        w, x, bias, addend = (
+            np.asarray(a.astype(jnp.float32), np.float64) for a in (to_dense(matrix), x, bias, addend)
+        )
+        y = jnp.asarray(w @ x + bias[:, None] + addend)
         want = np.asarray({None: y, "gelu": jax.nn.gelu(y), "silu": jax.nn.silu(y), "relu": jax.nn.relu(y)}[activation])
         assert np.linalg.norm(got - want) <= 4e-3 * np.linalg.norm(want)
         np.testing.assert_allclose(got, want, atol=0.02 * np.abs(want).max())

@@ -155,3 +155,27 @@ def test_the_dtype_that_layers_compute_in_decides_what_stays_dense(monkeypatch):
         assert "predicted at 0.50 of dense speed for 16 tokens" in left["topology"]["mlp"]["kernel"].dense_because
         assert left["params"]["mlp"]["kernel"].dtype == params["mlp"]["kernel"].dtype
     assert asked == [((7, 5, 16), dtype) for dtype in ("float16", "bfloat16", "float32", "bfloat16")]
+
+
+def test_convolutions_are_looked_up_by_their_own_counts(monkeypatch):
+    asked = []
+
+    def predict(*shape, taps, **_):
+        asked.append((*shape, taps))
+        return pallas_kernels.cost.Prediction(1.0, 0.5 if shape[-1] > 100 else 2.0)
+
+    monkeypatch.setattr(pallas_kernels, "predict_convolution", predict)
+    rng = np.random.default_rng(0)
+    shape, axes = (3, 3, 4, 8), ((), (0, 1, 2), (3,))
+    specs = tuple(LayerSpec(f"{name}/kernel", shape, *axes, VW(0.5, group_size=4)) for name in "ab")
+    mask = Mask(jnp.arange(8, dtype=jnp.int32), jnp.asarray(rng.random((2, 36)) < 0.5), 8)
+    params = {name: {"kernel": jnp.asarray(rng.normal(size=shape), jnp.float32)} for name in "ab"}
+    masks = Masks({spec.path: mask for spec in specs}, specs)
+    sparse = shfl_jax.compress(params, masks, tokens={"a/kernel": 64, "b/kernel": (50, 200)})
+    assert asked == [(8, 36, 64, 9), (8, 36, 50, 9), (8, 36, 200, 9)]
+    assert sparse["topology"]["a"]["kernel"].dense_because == ""
+    assert "0.50 of dense speed for 200 tokens" in sparse["topology"]["b"]["kernel"].dense_because
+    assert sparse["topology"]["b"]["kernel"].tokens == (50, 200)
+    asked.clear()
+    assert shfl_jax.compress(params, masks, tokens={})["topology"]["b"]["kernel"].dense_because == ""
+    assert not asked

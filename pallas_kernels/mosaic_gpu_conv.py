@@ -1,0 +1,78 @@
+"""Convolutions with a row-grouped filter matrix as a Pallas-Mosaic kernel for Hopper GPUs: implicit GEMM.
+
+The product of `pallas_kernels.mosaic_gpu` with another gather: it addresses the slots' rows of the right side as
+`pallas_kernels.triton_conv` does. With one tap for each pixel it is that product. Derivatives are Triton's.
+"""
+
+from pallas_kernels import mosaic_gpu, triton_conv, triton_tiles
+
+grad_input = triton_conv.grad_input
+grad_values = triton_conv.grad_values
+ADDS = True  # `forward` takes an addend
+NARROW = 0.6  # what a tile of 128 tokens takes, of the time of one of 256
+FEW_STEPS = 4
+
+
+def forward(matrix, x, bias, *, window, activation, precision, addend=None, config=None):
+    """Computes activation(filters * x + bias + addend), (C, H, W, B) to (M, H' W' B); see `conv2d` for the arguments.
+
+    Args:
+        matrix: prepared, or canonical with equal counts that are a multiple of 64.
+        x: (C, H, W, B) bfloat16 or float16, B a multiple of 8.
+        bias: (M,) or None.
+        window: the geometry.
+        activation: see `matmul`.
+        precision: ignored, as in `mosaic_gpu.forward`.
+        addend: (M, H' W' B) of x's dtype, or None.
+        config: a `mosaic_gpu_forward.Config`; None takes the heuristic's.
+
+    Raises:
+        NotImplementedError: the matrix, the images, the GPU or the version of JAX is none the kernel does.
+    """
+    del precision
+    topology, batch = matrix.topology, x.shape[-1]
+    mosaic_gpu.check(topology, x.dtype)
+    triton_conv.check_window(window)
+    if batch == 0 or batch % triton_tiles.VECTOR:
+        raise NotImplementedError(f"the Mosaic kernel needs images in multiples of 8, got {batch}")
+    config = heuristic(topology, window, batch) if config is None else config
+    if window.is_matmul:
+        ids, x, window = topology.columns, x.reshape(topology.k, -1), None
+    else:
+        ids, x = triton_conv.slot_places(topology, window).reshape(-1), x.reshape(-1, batch)
+    return mosaic_gpu.call(matrix, ids, x, bias, addend, activation=activation, config=config, window=window)
+
+
+def forward_two_four(matrix, x, bias, **kwargs):
+    """Raises NotImplementedError: this backend has no kernel for 2:4."""
+    raise NotImplementedError("the Mosaic kernel does no 2:4")
+
+
+def heuristic(topology, window, batch: int):
+    """The config for some filters and images; measured, see docs/kernels.md."""
+    kernel, v = mosaic_gpu.load_kernel(), topology.group_size
+    if v == 256:
+        return mosaic_gpu.heuristic(v, mosaic_gpu.FEWEST_TOKENS)
+    multiprocessors = mosaic_gpu.multiprocessors()
+    narrow, wide = (-(-_tiles(topology, window, batch, tokens) // multiprocessors) for tokens in (128, 256))
+    small = NARROW * narrow < wide
+    if v == 128:
+        return kernel.Config(block_tokens=128 if small else 256, stages=6 if small else 4, split="rows", band=4)
+    if small:
+        return kernel.Config(block_tokens=128, stages=8, ahead=2)
+    # A tile of few steps ends before a deep ring is full.
+    short = topology.max_count <= FEW_STEPS * kernel.BLOCK_K
+    return kernel.Config(block_tokens=256, stages=4 if short else 5, ahead=1 if short else 2)
+
+
+def pays(matrix, x, window) -> bool:
+    """Whether this kernel is faster than Triton's: with several taps, or enough tiles to make up for its slow start."""
+    try:
+        tiles, multiprocessors = _tiles(matrix.topology, window, x.shape[-1], 128), mosaic_gpu.multiprocessors()
+    except NotImplementedError:
+        return False
+    return tiles >= 3 * multiprocessors if window.kernel == (1, 1) else 4 * tiles >= multiprocessors
+
+
+def _tiles(topology, window, batch: int, block_tokens: int) -> int:
+    return topology.num_groups * -(-window.positions * batch // block_tokens)
