@@ -1,21 +1,18 @@
 """Row-grouped products as a Pallas-Mosaic kernel for Hopper GPUs; derivatives and everything else are Triton's."""
 
 import functools
-import importlib
-from types import ModuleType
 
 import jax
-import jax.numpy as jnp
 
-from pallas_kernels import triton, triton_tiles
+from pallas_kernels import hopper, mosaic_gpu_two_four, triton, triton_tiles
+from pallas_kernels.mosaic_gpu_two_four import forward_two_four as forward_two_four
+from pallas_kernels.mosaic_gpu_two_four import grad_values_two_four as grad_values_two_four
+from pallas_kernels.mosaic_gpu_two_four import prepare_two_four as prepare_two_four
 
-GROUP_SIZES = (64, 128, 256)
 FEWEST_TOKENS = 257  # with fewer, most of a tile would be padding
-HOPPER = ("H100", "H20", "H800")  # what the names of these GPUs hold: GH200 and H200 too
 
 grad_input = triton.grad_input
 grad_values = triton.grad_values
-grad_values_two_four = triton.grad_values_two_four
 
 
 def prepare(matrix):
@@ -24,7 +21,7 @@ def prepare(matrix):
     Raises:
         NotImplementedError: a group size or dtype the kernel does not do.
     """
-    _check(matrix.topology, matrix.dtype)
+    hopper.check(matrix.topology, matrix.dtype)
     return triton.prepare(matrix)
 
 
@@ -45,13 +42,13 @@ def forward(matrix, x, bias, *, activation, layout, precision, config=None):
     """
     del precision
     topology = matrix.topology
-    _check(topology, x.dtype)
+    hopper.check(topology, x.dtype)
     if layout == "token_major":
         x = x.T
     n = x.shape[1]
     if n < FEWEST_TOKENS or n % triton_tiles.VECTOR:
         raise NotImplementedError(f"the Mosaic kernel needs more than 256 tokens, in multiples of 8, got {n}")
-    kernel = _kernel()
+    kernel = hopper.kernel()
     config = heuristic(topology.group_size, n) if config is None else config
     used = config.shared_memory(topology.group_size)
     if used > kernel.SHARED_MEMORY:
@@ -61,10 +58,11 @@ def forward(matrix, x, bias, *, activation, layout, precision, config=None):
     product = functools.partial(
         kernel.product,
         m=topology.m,
+        n=n,
         segments=topology.segments,
         activation=activation,
         config=config,
-        multiprocessors=_multiprocessors(),
+        multiprocessors=hopper.multiprocessors(),
     )
     args = (matrix.values, topology.columns, topology.rows, x) + (() if bias is None else (bias,))
     # Slices of a batch run one after the other: each fills the GPU.
@@ -74,14 +72,9 @@ def forward(matrix, x, bias, *, activation, layout, precision, config=None):
     return y.T if layout == "token_major" else y
 
 
-def forward_two_four(matrix, x, bias, *, activation, layout, precision):
-    """Raises NotImplementedError: this backend has no kernel for 2:4."""
-    raise NotImplementedError("the Mosaic kernel does no 2:4")
-
-
 def heuristic(group_size: int, tokens: int):
     """The config for a group size and a number of tokens; measured, see docs/kernels.md."""
-    kernel = _kernel()
+    kernel = hopper.kernel()
     if group_size == 256:
         return kernel.Config(block_tokens=128, split="rows", band=4)
     if group_size == 128:
@@ -93,42 +86,11 @@ def heuristic(group_size: int, tokens: int):
 
 def pays(matrix, x, layout) -> bool:
     """Whether there is a tile for every multiprocessor; with fewer, Triton's smaller tiles keep more of them busy."""
+    if matrix.topology.pairs is not None:
+        return mosaic_gpu_two_four.pays(matrix, x, layout)
     try:
         n = x.shape[0 if layout == "token_major" else 1]
         tiles = matrix.topology.num_groups * -(-n // heuristic(matrix.topology.group_size, n).block_tokens)
-        return tiles >= _multiprocessors()
+        return tiles >= hopper.multiprocessors()
     except NotImplementedError:
         return False
-
-
-def _kernel() -> ModuleType:
-    """The kernel's module, imported when it is needed: other versions of JAX may lack what it imports."""
-    try:
-        return importlib.import_module("pallas_kernels.mosaic_gpu_forward")
-    except ImportError as error:
-        raise NotImplementedError(f"the Mosaic kernel needs another version of JAX: {error}") from error
-
-
-def _check(topology, dtype) -> None:
-    """Raises NotImplementedError for what the kernel cannot do, whatever the tokens and the GPU."""
-    triton_tiles.check(topology, dtype)
-    if topology.group_size not in GROUP_SIZES:
-        raise NotImplementedError(f"the Mosaic kernel needs groups of {GROUP_SIZES} rows, got {topology.group_size}")
-    if jnp.dtype(dtype).itemsize != 2:
-        raise NotImplementedError(f"the Mosaic kernel computes in bfloat16 and float16, got {jnp.dtype(dtype).name}")
-
-
-def _multiprocessors() -> int:
-    """How many multiprocessors the Hopper GPU has that is lowered for; NotImplementedError for another or none."""
-    device = jax.sharding.get_abstract_mesh().abstract_device
-    if device is not None:
-        kind, count = device.device_kind, device.num_cores
-    else:
-        try:
-            gpu = jax.devices("cuda")[0]
-        except RuntimeError as error:
-            raise NotImplementedError("the Mosaic kernel needs a Hopper GPU") from error
-        kind, count = gpu.device_kind, gpu.core_count
-    if count is None or not any(name in kind for name in HOPPER):
-        raise NotImplementedError(f"the Mosaic kernel needs a Hopper GPU, got {kind}")
-    return count

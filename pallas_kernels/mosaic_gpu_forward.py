@@ -18,6 +18,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import mosaic_gpu_ptx as ptx
+from pallas_kernels import mosaic_gpu_sparse as sparse
+from pallas_kernels.triton_two_four import WORD
 
 BLOCK_K = 64  # slots of a step: what one row of a swizzled tile holds along K
 SHARED_MEMORY = 227 * 1024 - 2048  # bytes for the stages and the ring of ids; barriers and alignment take the rest
@@ -57,9 +59,10 @@ class Config:
     band: int = 1
     registers: tuple[int, int] = (216, 72)
 
-    def shared_memory(self, group_size: int) -> int:
-        """Bytes of the stages and the ring of column ids."""
-        return self.stages * BLOCK_K * (group_size + self.block_tokens) * 2 + (self.stages + self.ahead) * BLOCK_K * 4
+    def shared_memory(self, group_size: int, packed: bool = False) -> int:
+        """Bytes of the stages and the ring of column ids; a packed step has half the values and words of positions."""
+        weights = BLOCK_K * group_size + BLOCK_K // WORD * group_size * 2 if packed else BLOCK_K * group_size * 2
+        return self.stages * (weights + BLOCK_K * self.block_tokens * 2) + (self.stages + self.ahead) * BLOCK_K * 4
 
 
 @functools.lru_cache(maxsize=256)
@@ -100,45 +103,52 @@ def schedule(segments: tuple[tuple[int, int], ...], token_tiles: int, programs: 
     return table
 
 
-def product(values, columns, rows, x, bias, *, m, segments, activation, config: Config, multiprocessors: int):
+def product(
+    values, columns, rows, x, bias, words=None, *, m, n, segments, activation, config: Config, multiprocessors: int,
+    sentinels: bool = False,
+):  # fmt: skip
     """Computes activation(W x + bias), feature-major.
 
     Args:
-        values: (P, V) bfloat16 or float16, V = 64, 128 or 256.
+        values: (P, V) bfloat16 or float16, V = 64, 128 or 256; (P / 2, V) with `words`.
         columns: (P,) int32 in 0..K-1.
         rows: (R * V,) int32.
-        x: (K, N) of the values' dtype, N a multiple of 8.
+        x: (K, N) of the values' dtype, N rounded up to a multiple of 8.
         bias: (M,) of the same dtype, or None.
+        words: None, or the positions of packed 2:4 values, (P / 16, V) uint16 as `pairs.words` makes them.
         m: M.
+        n: N.
         segments: as in `schedule`.
         activation: see `matmul`.
         config: a legal config.
         multiprocessors: of the GPU.
+        sentinels: whether a column may be K; it then stands for an input of zeros.
 
     Returns:
         (M, N) of the values' dtype.
     """
-    c, v, n = config, values.shape[1], x.shape[1]
+    c, v = config, values.shape[1]
     groups, token_tiles = sum(count for count, _ in segments), pl.cdiv(n, c.block_tokens)
     tiles = groups * token_tiles
     programs = min(multiprocessors, tiles) if c.persistent else tiles
     work = schedule(segments, token_tiles, programs, c.band)
     body = functools.partial(
-        _body, config=c, v=v, m=m, n=n, width=work.shape[1], has_bias=bias is not None, activation=activation
-    )
-    tiled = _transforms()
-    ring = c.stages + c.ahead
+        _body, config=c, v=v, m=m, n=n, width=work.shape[1], has_bias=bias is not None, packed=words is not None,
+        sentinels=sentinels, activation=activation,
+    )  # fmt: skip
+    packed, ring = words is not None, c.stages + c.ahead
     call = plgpu.kernel(
         body,
         out_type=jax.ShapeDtypeStruct((m, n), x.dtype),
         scratch_types=(
-            plgpu.SMEM((c.stages, BLOCK_K, v), x.dtype, transforms=tiled),
-            plgpu.SMEM((c.stages, BLOCK_K, c.block_tokens), x.dtype, transforms=tiled),
+            plgpu.SMEM((c.stages, BLOCK_K // 2 if packed else BLOCK_K, v), x.dtype, transforms=_tiled(v)),
+            plgpu.SMEM((c.stages, BLOCK_K, c.block_tokens), x.dtype, transforms=_tiled(c.block_tokens)),
             plgpu.SMEM((ring, BLOCK_K), jnp.int32),
             plgpu.SMEM((2 * c.stages,), jnp.int32),  # the gather's own barriers, 8 bytes each
-            plgpu.Barrier(num_barriers=c.stages),
+            plgpu.Barrier(num_barriers=c.stages, num_arrivals=2 if packed else 1),
             plgpu.Barrier(num_barriers=ring),
             plgpu.Barrier(num_barriers=c.stages, num_arrivals=2),
+            *([plgpu.SMEM((c.stages, BLOCK_K // WORD, v), jnp.uint16, transforms=_tiled(v, 4))] if packed else []),
         ),
         grid=(programs,),
         grid_names=("program",),
@@ -151,21 +161,23 @@ def product(values, columns, rows, x, bias, *, m, segments, activation, config: 
         ),
     )
     args = [values, columns, rows, jnp.asarray(work.reshape(-1)), x]
-    return call(*args, *([] if bias is None else [bias]))
+    return call(*args, *([] if bias is None else [bias]), *([] if words is None else [words]))
 
 
-def _transforms():
-    """How operand tiles lie in shared memory: 8 rows of 128 bytes to a tile, swizzled."""
-    return (plgpu.TilingTransform((8, BLOCK_K)), plgpu.SwizzleTransform(128))
+def _tiled(width: int, rows: int = 8):
+    """How two-byte operands lie in shared memory: some rows of up to 128 bytes to a tile, swizzled."""
+    row = min(2 * width, 128)
+    return (plgpu.TilingTransform((rows, row // 2)), plgpu.SwizzleTransform(row))
 
 
 def _inline(function, *arg_types, result=None):
     return plgpu.inline_mgpu(arg_types=arg_types, return_type=result)(lambda context, *args: function(*args))
 
 
-def _body(values, columns, rows, work, x, *refs, config, v, m, n, width, has_bias, activation):
+def _body(values, columns, rows, work, x, *refs, config, v, m, n, width, has_bias, packed, sentinels, activation):
     bias, refs = (refs[0], refs[1:]) if has_bias else (None, refs)
-    y, a_tiles, b_tiles, ids, gathered, a_full, ids_full, empty = refs
+    words, refs = (refs[0], refs[1:]) if packed else (None, refs)
+    y, a_tiles, b_tiles, ids, gathered, a_full, ids_full, empty, *word_tiles = refs
     c = config
     program, warpgroup = lax.axis_index("program"), lax.axis_index("warpgroup")
     plain, splat = plgpu.RefType(), plgpu.Layout.WG_SPLAT
@@ -179,8 +191,9 @@ def _body(values, columns, rows, work, x, *refs, config, v, m, n, width, has_bia
     @pl.when(warpgroup == 2)
     def _produce():
         plgpu.set_max_registers(c.registers[1], action="decrease")
-        _producer(values, columns, x, a_tiles, b_tiles, ids, gathered, a_full, ids_full, empty,
-                  entry=entry, count=count, config=c, n=n)  # fmt: skip
+        copies = [(values, a_tiles), (words, *word_tiles)] if packed else [(values, a_tiles)]
+        _producer(copies, columns, x, b_tiles, ids, gathered, a_full, ids_full, empty,
+                  entry=entry, count=count, config=c, sentinels=sentinels)  # fmt: skip
 
     @pl.when(warpgroup < 2)
     def _consume():
@@ -191,6 +204,13 @@ def _body(values, columns, rows, work, x, *refs, config, v, m, n, width, has_bia
         load_rows = functools.partial(ptx.stored_rows, count=height, layout=row_layout)
         store = functools.partial(ptx.store_rows, m=m, tokens=n)
         wait = _inline(functools.partial(ptx.wait, stages=c.stages), plain, splat)
+        registers, shape = plgpu.Layout._WGMMA_ACC_32BIT, (height, wide)
+        running = plgpu.ShapeDtypeStruct(shape, jnp.float32, layout=registers)
+        finished = plgpu.ShapeDtypeStruct(shape, jnp.float32, layout=plgpu.Layout.WGMMA)
+        zeros = _inline(functools.partial(sparse.zeros, shape=shape, layout=registers), result=running)
+        refs = (plgpu.RefType(transforms) for transforms in (_tiled(v), _tiled(v, 4), _tiled(c.block_tokens)))
+        issue = _inline(sparse.multiply, registers, *refs, result=running)
+        drain = _inline(sparse.drain, registers, result=finished)
 
         def multiply(i, step):
             steps, group, token_tile = entry(i, 1), entry(i, 2), entry(i, 3)
@@ -199,33 +219,46 @@ def _body(values, columns, rows, work, x, *refs, config, v, m, n, width, has_bia
                 load_rows, plain, splat, result=plgpu.ShapeDtypeStruct((height,), jnp.int32, layout=row_layout)
             )(rows, group * v + warpgroup * rows_first)
 
-            def accumulate(acc):
+            def operands(now):
+                """This consumer's part of a step's tiles, when they have arrived."""
+                slot = lax.rem(now, c.stages)
+                plgpu.barrier_wait(a_full.at[slot])
+                wait(gathered, now)
+                own_rows, own_tokens = pl.ds(warpgroup * height, height), pl.ds(warpgroup * wide, wide)
+                if c.split == "rows":
+                    return [t.at[slot, :, own_rows] for t in (a_tiles, *word_tiles)], b_tiles.at[slot]
+                return [t.at[slot] for t in (a_tiles, *word_tiles)], b_tiles.at[slot, :, own_tokens]
+
+            def release(now):
+                plgpu.barrier_arrive(empty.at[lax.rem(now, c.stages)])
+
+            def multiply_dense(acc):
                 def one(k, _):
-                    now = step + k
-                    slot = lax.rem(now, c.stages)
-                    plgpu.barrier_wait(a_full.at[slot])
-                    wait(gathered, now)
-                    if c.split == "rows":
-                        a, b = a_tiles.at[slot, :, pl.ds(warpgroup * height, height)], b_tiles.at[slot]
-                    else:
-                        a, b = a_tiles.at[slot], b_tiles.at[slot, :, pl.ds(warpgroup * wide, wide)]
+                    (a,), b = operands(step + k)
                     plgpu.wgmma(acc, a.transpose((1, 0)), b)
                     plgpu.wgmma_wait(1)  # all but the one just issued
-
-                    @pl.when(k > 0)
-                    def _release():
-                        plgpu.barrier_arrive(empty.at[lax.rem(now - 1, c.stages)])
+                    pl.when(k > 0)(lambda: release(step + k - 1))
 
                 lax.fori_loop(0, steps, one, None)
                 plgpu.wgmma_wait(0)
-
-                @pl.when(steps > 0)
-                def _release_last():
-                    plgpu.barrier_arrive(empty.at[lax.rem(step + steps - 1, c.stages)])
-
+                pl.when(steps > 0)(lambda: release(step + steps - 1))
                 return acc[...]
 
-            out = pl.run_scoped(accumulate, plgpu.ACC((height, wide), jnp.float32))
+            def multiply_sparse():
+                def one(k, acc):
+                    (a, positions), b = operands(step + k)
+                    acc = issue(acc, a, positions, b)  # waits for all but this step
+                    pl.when(k > 0)(lambda: release(step + k - 1))
+                    return acc
+
+                acc = drain(lax.fori_loop(0, steps, one, zeros()))
+                pl.when(steps > 0)(lambda: release(step + steps - 1))
+                return acc
+
+            if packed:
+                out = multiply_sparse()
+            else:
+                out = pl.run_scoped(multiply_dense, plgpu.ACC((height, wide), jnp.float32))
             if has_bias:
                 load_bias = functools.partial(ptx.row_bias, m=m, layout=row_layout)
                 offsets = _inline(
@@ -241,15 +274,19 @@ def _body(values, columns, rows, work, x, *refs, config, v, m, n, width, has_bia
         lax.fori_loop(0, count, multiply, jnp.int32(0))
 
 
-def _producer(values, columns, x, a_tiles, b_tiles, ids, gathered, a_full, ids_full, empty, *, entry, count, config, n):
+def _producer(
+    copies, columns, x, b_tiles, ids, gathered, a_full, ids_full, empty, *, entry, count, config, sentinels
+):
+    """Fills the ring: of every pair (source, tiles) in `copies` and of the activations, tile after tile, step after step."""
     c = config
     ring = c.stages + c.ahead
     plain, splat = plgpu.RefType(), plgpu.Layout.WG_SPLAT
     gather = _inline(
         functools.partial(
-            ptx.gather, tokens=n, block_k=BLOCK_K, block_tokens=c.block_tokens, first=2 * ptx.WARPGROUP
+            ptx.gather, tokens=x.shape[1], block_k=BLOCK_K, block_tokens=c.block_tokens, first=2 * ptx.WARPGROUP,
+            sentinel=x.shape[0] if sentinels else None,
         ),
-        plain, plain, plgpu.RefType(_transforms()), plain, splat, splat,
+        plain, plain, plgpu.RefType(_tiled(c.block_tokens)), plain, splat, splat,
     )  # fmt: skip
 
     def fetch_ids(step, cursor):
@@ -268,6 +305,12 @@ def _producer(values, columns, x, a_tiles, b_tiles, ids, gathered, a_full, ids_f
             lambda: (tile, block + 1, left - 1),
         )
 
+    def copy_weights(step, block):
+        slot = lax.rem(step, c.stages)
+        for source, tiles in copies:
+            rows = tiles.shape[1]
+            plgpu.copy_gmem_to_smem(source.at[pl.ds(block * rows, rows)], tiles.at[slot], a_full.at[slot])
+
     def tile(i, carry):
         block, steps, token_tile = entry(i, 0), entry(i, 1), entry(i, 3)
 
@@ -279,8 +322,7 @@ def _producer(values, columns, x, a_tiles, b_tiles, ids, gathered, a_full, ids_f
             def _wait_for_room():
                 plgpu.barrier_wait(empty.at[slot])
 
-            slots = pl.ds((block + k) * BLOCK_K, BLOCK_K)
-            plgpu.copy_gmem_to_smem(values.at[slots], a_tiles.at[slot], a_full.at[slot])
+            pl.when(step >= early)(lambda: copy_weights(step, block + k))
             # The consumers are done with the step that used this place of the ring, so all threads have read it.
             cursor = fetch_ids(step + c.ahead, cursor)
             plgpu.barrier_wait(ids_full.at[place])
@@ -291,4 +333,7 @@ def _producer(values, columns, x, a_tiles, b_tiles, ids, gathered, a_full, ids_f
 
     cursor = jnp.int32(0), entry(0, 0), entry(0, 1)
     cursor = lax.fori_loop(0, c.ahead, fetch_ids, cursor)
+    # The first weights need not wait for the first ids.
+    early = jnp.minimum(entry(0, 1), c.stages)
+    lax.fori_loop(0, early, lambda k, _: copy_weights(k, entry(0, 0) + k), None)
     lax.fori_loop(0, count, tile, (jnp.int32(0), cursor))

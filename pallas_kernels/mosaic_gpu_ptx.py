@@ -14,7 +14,7 @@ from jaxlib.mlir.dialects import arith, llvm, vector
 
 WARPGROUP = 128
 CHUNK = 16  # bytes that one asynchronous copy moves: eight two-byte tokens
-TILE_ROWS, TILE_BYTES = 8, 128  # the unit of the swizzled layout: rows of 128 bytes, eight to a tile
+TILE_ROWS, TILE_BYTES = 8, 128  # the unit of the swizzled layout: eight rows of up to 128 bytes to a tile
 
 
 def init_barriers(barriers, *, count: int, arrivals: int) -> None:
@@ -42,11 +42,14 @@ def wait(barriers, step, *, stages: int) -> None:
     _emit("fence.proxy.async.shared::cta;", [])
 
 
-def gather(x, ids, tile, barriers, token_tile, slot, *, tokens: int, block_k: int, block_tokens: int, first: int):
+def gather(
+    x, ids, tile, barriers, token_tile, slot, *, tokens: int, block_k: int, block_tokens: int, first: int,
+    sentinel: int | None = None,
+) -> None:  # fmt: skip
     """Starts copying `block_k` rows of the activations, `block_tokens` wide, to shared memory.
 
     The warpgroup's threads share the 16-byte chunks: neighbours take neighbouring chunks of a row. A chunk lands where
-    the 128-byte swizzle puts it. When a thread's copies are done, they arrive on the barrier of the slot by themselves.
+    the swizzle of 128 bytes, or of narrower rows, puts it. When a thread's copies are done, they arrive on the barrier of the slot by themselves.
 
     Args:
         x: (K, tokens) in global memory.
@@ -59,6 +62,7 @@ def gather(x, ids, tile, barriers, token_tile, slot, *, tokens: int, block_k: in
         block_k: rows.
         block_tokens: tokens of a tile.
         first: index of the warpgroup's first thread in the program.
+        sentinel: an id that stands for a row of zeros, K; None where there is none.
     """
     chunks = block_tokens * 2 // CHUNK
     rows_apart = WARPGROUP // chunks
@@ -68,8 +72,9 @@ def gather(x, ids, tile, barriers, token_tile, slot, *, tokens: int, block_k: in
     start = arith.minui(start, _i32(tokens * 2 - CHUNK))
     source = arith.addi(_global(x), _wide(start))
     target, ids = _shared(tile), _shared(ids)
-    tiles_in_row = block_tokens * 2 // TILE_BYTES
-    tile_in_row, chunk_in_tile = arith.divui(chunk, _i32(8)), arith.remui(chunk, _i32(8))
+    row_bytes = min(block_tokens * 2, TILE_BYTES)
+    tiles_in_row, row_chunks = block_tokens * 2 // row_bytes, row_bytes // CHUNK
+    tile_in_row, chunk_in_tile = arith.divui(chunk, _i32(row_chunks)), arith.remui(chunk, _i32(row_chunks))
     rows = [arith.addi(row, _i32(rows_apart * i)) for i in range(block_k // rows_apart)]
     i32 = ir.IntegerType.get_signless(32)
     for part in range(0, len(rows), 16):  # more ids at once would take too many registers
@@ -78,10 +83,16 @@ def gather(x, ids, tile, barriers, token_tile, slot, *, tokens: int, block_k: in
         for r, column in zip(some, columns, strict=True):
             in_tile = arith.remui(r, _i32(TILE_ROWS))
             index = arith.addi(_mul(arith.divui(r, _i32(TILE_ROWS)), tiles_in_row), tile_in_row)
-            offset = arith.addi(_mul(index, TILE_ROWS * TILE_BYTES), _mul(in_tile, TILE_BYTES))
-            offset = arith.addi(offset, _mul(arith.xori(in_tile, chunk_in_tile), CHUNK))
+            offset = arith.addi(_mul(index, TILE_ROWS * row_bytes), _mul(in_tile, row_bytes))
+            turn = arith.divui(in_tile, _i32(TILE_ROWS // row_chunks))
+            offset = arith.addi(offset, _mul(arith.xori(turn, chunk_in_tile), CHUNK))
+            size = []
+            if sentinel is not None:  # a copy of no bytes writes zeros
+                real = arith.cmpi(arith.CmpIPredicate.ult, column, _i32(sentinel))
+                column, size = arith.select(real, column, _i32(0)), [arith.select(real, _i32(CHUNK), _i32(0))]
             address = arith.addi(source, arith.muli(_wide(column), _i64(tokens * 2)))
-            _emit(f"cp.async.cg.shared.global [$0], [$1], {CHUNK};", [arith.addi(target, offset), address])
+            copy = f"cp.async.cg.shared.global [$0], [$1], {CHUNK}" + (", $2;" if size else ";")
+            _emit(copy, [arith.addi(target, offset), address, *size])
     barrier = _barrier(barriers, slot.registers.item())
     _emit("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [$0];", [barrier])
 
@@ -118,7 +129,8 @@ def store_rows(y, tile, rows, first_token, *, m: int, tokens: int) -> None:
     """Stores a (rows, tokens) two-byte tile, each row where `rows` says; rows and tokens out of range are dropped.
 
     A thread holds two neighbouring tokens of every eight. Four neighbouring threads exchange theirs, so that each has
-    eight tokens in a row to store at once, and the four together 64 bytes.
+    eight tokens in a row to store at once, and the four together 64 bytes. Tiles too narrow for that, and rows that do
+    not begin at whole 16 bytes, are stored by pairs or by single tokens.
 
     Args:
         y: (M, tokens) in global memory.
@@ -126,8 +138,10 @@ def store_rows(y, tile, rows, first_token, *, m: int, tokens: int) -> None:
         rows: from `stored_rows`.
         first_token: token of the tile's first column.
         m: M.
-        tokens: N, a multiple of 8.
+        tokens: N.
     """
+    if tile.shape[1] % 32 or tokens % 8:
+        return _store_pairs(y, tile, rows, first_token, m=m, tokens=tokens)
     i32 = ir.IntegerType.get_signless(32)
     height, width = tile.shape
     # What a thread holds more than one of: 64-row blocks, eight-token blocks, halves of its warp's 16 rows.
@@ -146,6 +160,29 @@ def store_rows(y, tile, rows, first_token, *, m: int, tokens: int) -> None:
             address = arith.addi(start, arith.muli(_wide(at), _i64(2)))
             store = "{ .reg .pred live; setp.ne.b32 live, $5, 0; @live st.global.v4.b32 [$0], {$1, $2, $3, $4}; }"
             _emit(store, [address, *words, arith.extui(i32, live)])
+
+
+def _store_pairs(y, tile, rows, first_token, *, m: int, tokens: int) -> None:
+    """`store_rows` without the exchange."""
+    i32 = ir.IntegerType.get_signless(32)
+    height, width = tile.shape
+    packed = _objects([utils.bitcast(r, i32) for r in tile.registers.flat]).reshape(height // 64, width // 8, 2)
+    token = arith.addi(first_token.registers.item(), _mul(arith.remui(_thread(), _i32(4)), 2))
+    stores = ["{ .reg .pred live; setp.ne.b32 live, $2, 0; @live st.global.b32 [$0], $1; }"]
+    if tokens % 2:
+        single = "{{ .reg .pred live; .reg .b16 low, high; setp.ne.b32 live, $2, 0; mov.b32 {{low, high}}, $1; "
+        single += "@live st.global.b16 [$0], {}; }}"
+        stores = [single.format("low"), single.format("high")]
+    for index, row in enumerate(map(_scalar, rows.registers.flat)):
+        block, half = divmod(index, 2)
+        live_row = arith.cmpi(arith.CmpIPredicate.ult, row, _i32(m))
+        start = arith.addi(_global(y), arith.muli(_wide(row), _i64(tokens * 2)))
+        for i in range(width // 8):
+            for j, store in enumerate(stores):
+                at = arith.addi(token, _i32(8 * i + j))
+                live = arith.andi(live_row, arith.cmpi(arith.CmpIPredicate.ult, at, _i32(tokens)))
+                address = arith.addi(start, arith.muli(_wide(at), _i64(2)))
+                _emit(store, [address, packed[block, i, half], arith.extui(i32, live)])
 
 
 def _exchange(words, quad):

@@ -1,0 +1,97 @@
+"""Products of packed 2:4 matrices on Hopper's sparse tensor cores: the Mosaic backend's half for the packed form."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pallas_kernels import hopper, triton, triton_tiles, two_four
+from pallas_kernels.pairs import words
+from pallas_kernels.row_grouped import RowGrouped
+
+FEW_TOKENS = 64
+"""Up to so many the product is bound by reading the weights, and one tile takes all tokens."""
+
+grad_values_two_four = triton.grad_values_two_four
+
+
+def prepare_two_four(matrix: RowGrouped) -> RowGrouped:
+    """Arranges the packed matrix as for Triton, whose words the sparse tensor cores read too.
+
+    Raises:
+        NotImplementedError: a group size or dtype the kernel does not do.
+    """
+    hopper.check(matrix.topology, matrix.dtype)
+    prepared = two_four.call(triton, "prepare", matrix)
+    if prepared.values.ndim > 2:
+        return prepared
+    sentinels = bool((np.asarray(prepared.topology.columns) == prepared.topology.k).any())
+    return RowGrouped(prepared.values, dataclasses.replace(prepared.topology, sentinels=sentinels))
+
+
+def forward_two_four(matrix, x, bias, *, activation, layout, precision, config=None):
+    """Computes activation(W x + bias) for a packed W; see `matmul`, here 2-D.
+
+    Args:
+        matrix: prepared, or canonical with equal counts that are a multiple of 64.
+        x: (N, K) token-major or (K, N) feature-major, bfloat16 or float16.
+        bias: (M,) or None.
+        activation: see `matmul`.
+        layout: see `matmul`.
+        precision: ignored: products of two-byte numbers are exact in the float32 sums.
+        config: a `mosaic_gpu_forward.Config`; None takes the heuristic's.
+
+    Raises:
+        NotImplementedError: the matrix, the GPU or the version of JAX is none the kernel does.
+    """
+    del precision
+    topology = matrix.topology
+    hopper.check(topology, x.dtype)
+    if layout == "token_major":
+        x = x.T
+    n = x.shape[1]
+    kernel = hopper.kernel()
+    config = heuristic(topology.group_size, n) if config is None else config
+    used = config.shared_memory(topology.group_size, packed=True)
+    if used > kernel.SHARED_MEMORY:
+        raise NotImplementedError(f"{config} takes {used} bytes of shared memory")
+    if n == 0 or not triton_tiles.is_aligned(topology, kernel.BLOCK_K):
+        raise NotImplementedError(f"the Mosaic kernel takes tokens, and steps of {kernel.BLOCK_K} slots: `prepare`")
+    product = functools.partial(
+        kernel.product,
+        m=topology.m,
+        n=n,
+        segments=topology.segments,
+        activation=activation,
+        config=config,
+        multiprocessors=hopper.multiprocessors(),
+        sentinels=topology.sentinels,
+    )
+    x = jnp.pad(x, ((0, 0), (0, -n % triton_tiles.VECTOR)))
+    args = (matrix.values, topology.columns, topology.rows, x, words(topology.pairs))
+    args += () if bias is None else (bias,)
+    # Slices of a batch run one after the other: each fills the GPU.
+    y = jax.custom_batching.sequential_vmap(
+        lambda values, columns, rows, x, words, bias=None: product(values, columns, rows, x, bias, words)
+    )(*args)
+    return y.T if layout == "token_major" else y
+
+
+def heuristic(group_size: int, tokens: int):
+    """The config for a group size and a number of tokens."""
+    config = hopper.kernel().Config
+    if tokens <= FEW_TOKENS and group_size > 64:
+        width = max(16, 1 << (tokens - 1).bit_length())
+        return config(block_tokens=width, stages=(16 if width < 64 else 10) // (group_size // 128), split="rows", ahead=8)
+    if group_size == 256:
+        return config(block_tokens=128, stages=6, split="rows", band=4)
+    if group_size == 128:
+        return config(block_tokens=256, stages=5, split="rows", band=4)
+    return config(block_tokens=256, stages=5, split="tokens")
+
+
+def pays(matrix, x, layout) -> bool:
+    """Whether the kernel is worth taking for a call that asks for none by name."""
+    return True

@@ -1,0 +1,115 @@
+"""Packed 2:4 matrices on sparse tensor cores: lowering for CUDA without a GPU, the positions' layout, products on a GPU."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
+
+import pallas_kernels as pk
+from pallas_kernels import hopper, mosaic_gpu_two_four
+from pallas_kernels import mosaic_gpu_forward as kernel
+from pallas_kernels.row_grouped import to_dense
+
+Config = kernel.Config
+
+# Preparing for this backend is preparing for Triton, whose end Pallas announces at every lowering.
+pytestmark = pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated")
+
+# (group size, tokens, config)
+CASES = [
+    (64, 520, Config(stages=5)),
+    (64, 520, Config(block_tokens=512, stages=3)),
+    *((128, 520, Config(stages=5, split=split, persistent=p, band=2)) for split in ("rows", "tokens") for p in (1, 0)),
+    (128, 1043, Config(stages=4, split="rows", ahead=8)),
+    *((256, 264, Config(block_tokens=128, split=split)) for split in ("rows", "tokens")),
+    *((128, n, None) for n in (1, 2, 7, 8, 16, 17, 32, 64, 65, 200)),
+    *((256, n, None) for n in (3, 16, 40)),
+]
+
+
+def forward(config=None, activation=None, layout="feature_major"):
+    return functools.partial(
+        mosaic_gpu_two_four.forward_two_four, activation=activation, layout=layout, precision=None, config=config
+    )
+
+
+def packed(v, m=300, k=200, dtype="bfloat16", seed=0, ragged=True):
+    """A random packed matrix: counts that divide nothing, fours that are not full, sentinel rows anywhere."""
+    rng = np.random.default_rng([seed, v])
+    r = -(-m // v)
+    rows = np.full(r * v, m, np.int32)
+    rows[rng.permutation(r * v)[:m]] = rng.permutation(m)
+    counts = rng.integers(k // 4, k + 1, r) if ragged else np.full(r, 64)
+    counts[-1] = 0 if ragged else 64
+    order = np.full((r, 4 * -(-k // 4)), k, np.int32)
+    choice = np.zeros((m, k + 1), bool)
+    for group, count in enumerate(counts):
+        order[group, :count] = rng.permutation(k)[:count]
+        fours = order[group].reshape(-1, 4)
+        keys = np.where(fours < k, rng.random((v, *fours.shape)), 2)
+        two = np.take_along_axis(np.broadcast_to(fours, keys.shape), np.argsort(keys, -1)[..., :2], -1)
+        for row, kept in zip(rows.reshape(r, v)[group], two.reshape(v, -1), strict=True):
+            if row < m:
+                choice[row, kept] = True
+    weight = np.asarray(jnp.asarray(rng.standard_normal((m, k)), dtype))
+    return pk.from_dense_two_four(weight, rows, order, choice[:, :k])
+
+
+def operands(v, n, dtype="bfloat16", m=300, k=200, ragged=True):
+    matrix = pk.prepare(packed(v, m, k, dtype, ragged=ragged), "mosaic_gpu")
+    keys = jax.random.split(jax.random.key(0))
+    return matrix, jax.random.normal(keys[0], (k, n), dtype), jax.random.normal(keys[1], (m,), dtype)
+
+
+def gpu_mesh(kind="NVIDIA H200"):
+    return use_abstract_mesh(AbstractMesh((), (), abstract_device=AbstractDevice(kind, 132, "gpu")))
+
+
+def lower(function, *args):
+    with gpu_mesh():
+        return jax.jit(function).trace(*args).lower(lowering_platforms=("cuda",)).as_text()
+
+
+@pytest.mark.parametrize(("v", "n", "config"), CASES)
+def test_every_config_lowers_for_cuda(v, n, config):
+    assert "wgmma.mma_async.sp" in lower(forward(config, "gelu"), *operands(v, n))
+
+
+@pytest.fixture
+def on_hopper():
+    try:
+        device = jax.devices("cuda")[0]
+    except RuntimeError:
+        pytest.skip("needs a CUDA device")
+    if not any(name in device.device_kind for name in hopper.HOPPER):
+        pytest.skip("needs a Hopper GPU")
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize(("v", "n", "config"), CASES)
+def test_products_on_a_gpu(on_hopper, v, n, config, dtype):
+    for activation, ragged in ((None, True), ("gelu", False)):
+        matrix, x, bias = operands(v, n, dtype, m=700, k=333, ragged=ragged)
+        got = np.asarray(forward(config, activation)(matrix, x, bias).astype(jnp.float32), np.float64)
+        w, x, bias = (np.asarray(a.astype(jnp.float32), np.float64) for a in (to_dense(matrix), x, bias))
+        y = jnp.asarray(w @ x + bias[:, None])
+        want = np.asarray({None: y, "gelu": jax.nn.gelu(y)}[activation])
+        assert np.linalg.norm(got - want) <= 4e-3 * np.linalg.norm(want)
+        np.testing.assert_allclose(got, want, atol=0.02 * np.abs(want).max())
+
+
+def test_what_is_not_finite_and_unused_never_leaks_on_a_gpu(on_hopper):
+    for n in (16, 520):
+        matrix, x, _ = operands(128, n, m=256, k=200)
+        used = np.unique(np.asarray(matrix.topology.columns))
+        bad = np.array(x.astype(jnp.float32))
+        bad[np.setdiff1d(np.arange(200), used[:100])] = np.nan
+        columns = np.asarray(matrix.topology.columns)
+        columns = np.where(columns < 200, used[columns % 100], 200).astype(np.int32)
+        topology = dataclasses.replace(matrix.topology, columns=jnp.asarray(columns))
+        y = forward()(dataclasses.replace(matrix, topology=topology), jnp.asarray(bad, jnp.bfloat16), None)
+        assert bool(jnp.isfinite(y).all())
