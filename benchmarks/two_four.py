@@ -18,7 +18,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels import RowGrouped, configs, timing, triton, triton_two_four, tune, two_four
+import pallas_kernels
+from pallas_kernels import RowGrouped, configs, timing, triton, triton_two_four, tune
 from pallas_kernels.row_grouped import Topology, to_dense
 
 PAIRS = np.array([first | second << 2 for first in range(4) for second in range(first + 1, 4)], np.uint8)
@@ -49,8 +50,8 @@ def cases() -> list[Case]:
     return first
 
 
-def random_matrix(case: Case, seed: int) -> RowGrouped:
-    """A random packed matrix with the counts of a pattern: all groups alike (shfl_tvw), or TW's split (tvw).
+def random_matrix(case: Any, seed: int = 0) -> RowGrouped:
+    """A random canonical packed matrix with the counts of a pattern: all groups alike (shfl_tvw), or TW's split (tvw).
 
     In tvw, outputs and inputs keep the root of twice the density, and the pruned outputs fill groups without columns.
     """
@@ -76,7 +77,7 @@ def random_matrix(case: Case, seed: int) -> RowGrouped:
         *map(jnp.asarray, (columns, ptr, rows)), m=case.m, k=case.k, group_size=v, max_count=int(counts.max()),
         pairs=jnp.asarray(pairs),
     )  # fmt: skip
-    return two_four.call(triton, "prepare", RowGrouped(values.astype(case.dtype), topology))
+    return RowGrouped(values.astype(case.dtype), topology)
 
 
 def product(config):
@@ -96,7 +97,7 @@ def product(config):
 
 def compiled(case: Case, search: bool):
     """The compiled candidates, (config, function) each, and the compiled dense products."""
-    matrix = random_matrix(case, 0)
+    matrix = pallas_kernels.prepare(random_matrix(case, 0), "mosaic_gpu")
     x = jax.ShapeDtypeStruct((case.k, case.n), case.dtype)
     space = [None]
     if search:
@@ -117,7 +118,7 @@ def measure(case: Case, candidates, dense) -> dict:
     """One record: what the library does by itself, and where searched the best that was found."""
     keys = jax.random.split(jax.random.key(1))
     x = jax.random.normal(keys[0], (case.k, case.n), case.dtype)
-    matrix = random_matrix(case, 0)
+    matrix = pallas_kernels.prepare(random_matrix(case, 0), "mosaic_gpu")
     weight = to_dense(matrix)
     want = (weight.astype(jnp.float32) @ x.astype(jnp.float32)).astype(jnp.float32)
     dense_time = min(timing.median_us(f, tune.copies((weight, x, None)))[0] for f in dense)

@@ -1,4 +1,4 @@
-"""What the Mosaic backend asks about the machine: whether it is a Hopper GPU, and whether JAX has what a kernel imports."""
+"""What the Mosaic backend asks first: whether there is a Hopper GPU, and whether JAX has what its kernel imports."""
 
 import importlib
 from types import ModuleType

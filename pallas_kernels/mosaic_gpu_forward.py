@@ -274,10 +274,8 @@ def _body(values, columns, rows, work, x, *refs, config, v, m, n, width, has_bia
         lax.fori_loop(0, count, multiply, jnp.int32(0))
 
 
-def _producer(
-    copies, columns, x, b_tiles, ids, gathered, a_full, ids_full, empty, *, entry, count, config, sentinels
-):
-    """Fills the ring: of every pair (source, tiles) in `copies` and of the activations, tile after tile, step after step."""
+def _producer(copies, columns, x, b_tiles, ids, gathered, a_full, ids_full, empty, *, entry, count, config, sentinels):
+    """Fills the ring, tile after tile: by TMA from every (source, tiles) in `copies`, and by the gather."""
     c = config
     ring = c.stages + c.ahead
     plain, splat = plgpu.RefType(), plgpu.Layout.WG_SPLAT

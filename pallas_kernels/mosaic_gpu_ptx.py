@@ -49,7 +49,8 @@ def gather(
     """Starts copying `block_k` rows of the activations, `block_tokens` wide, to shared memory.
 
     The warpgroup's threads share the 16-byte chunks: neighbours take neighbouring chunks of a row. A chunk lands where
-    the swizzle of 128 bytes, or of narrower rows, puts it. When a thread's copies are done, they arrive on the barrier of the slot by themselves.
+    the swizzle of 128 bytes, or of narrower rows, puts it. When a thread's copies are done, they arrive on the barrier
+    of the slot by themselves.
 
     Args:
         x: (K, tokens) in global memory.
@@ -141,7 +142,8 @@ def store_rows(y, tile, rows, first_token, *, m: int, tokens: int) -> None:
         tokens: N.
     """
     if tile.shape[1] % 32 or tokens % 8:
-        return _store_pairs(y, tile, rows, first_token, m=m, tokens=tokens)
+        _store_pairs(y, tile, rows, first_token, m=m, tokens=tokens)
+        return
     i32 = ir.IntegerType.get_signless(32)
     height, width = tile.shape
     # What a thread holds more than one of: 64-row blocks, eight-token blocks, halves of its warp's 16 rows.

@@ -1,10 +1,10 @@
 """The product on Hopper's sparse tensor cores, `wgmma.mma_async.sp`, which Pallas does not expose.
 
-Like those of `mosaic_gpu_ptx`, every function is the body of a `plgpu.inline_mgpu` call. An instruction multiplies 64 rows
-of compressed weights, two of every four inputs, by 32 inputs of up to 256 tokens. Which two, it reads from one 32-bit
-register a thread: in warp w, thread 4 q + c holds the positions of the rows 16 w + q (the lower half) and 16 w + 8 + q,
-of the c-th four fours of the 64 slots of a step. The first of two instructions reads c = 0 and 1, the second 2 and 3. A
-half so is one of the words of `pairs.words`, and all that is left to do is to load it.
+Like those of `mosaic_gpu_ptx`, every function is the body of a `plgpu.inline_mgpu` call. An instruction multiplies 64
+rows of compressed weights, two of every four inputs, by 32 inputs of up to 256 tokens. Which two, it reads from one
+32-bit register a thread: in warp w, thread 4 q + c holds the positions of the rows 16 w + q (the lower half) and
+16 w + 8 + q, of the c-th four fours of the 64 slots of a step. The first of two instructions reads c = 0 and 1, the
+second 2 and 3. A half so is one of the words of `pairs.words`, and all that is left to do is to load it.
 """
 
 import numpy as np
@@ -80,9 +80,7 @@ def _positions(words, block: int):
     # The swizzle turns chunks of 16 bytes by the number of their row of 128.
     turn = arith.andi(arith.divui(address, ptx._i32(8)), ptx._i32(7 * 16))
     low = arith.xori(address, turn)
-    load = (
-        "{ .reg .b16 low, high; ld.shared.b16 low, [$1]; ld.shared.b16 high, [$2]; mov.b32 $0, {low, high}; }"
-    )
+    load = "{ .reg .b16 low, high; ld.shared.b16 low, [$1]; ld.shared.b16 high, [$2]; mov.b32 $0, {low, high}; }"
     return ptx._emit(load, [low, arith.xori(low, ptx._i32(16))], ir.IntegerType.get_signless(32))
 
 

@@ -84,7 +84,9 @@ def heuristic(group_size: int, tokens: int):
     config = hopper.kernel().Config
     if tokens <= FEW_TOKENS and group_size > 64:
         width = max(16, 1 << (tokens - 1).bit_length())
-        return config(block_tokens=width, stages=(16 if width < 64 else 10) // (group_size // 128), split="rows", ahead=8)
+        return config(
+            block_tokens=width, stages=(16 if width < 64 else 10) // (group_size // 128), split="rows", ahead=8
+        )
     if group_size == 256:
         return config(block_tokens=128, stages=6, split="rows", band=4)
     if group_size == 128:

@@ -156,13 +156,18 @@ class Machine:
         if "ld." in text:
             return np.vectorize(self.memory.__getitem__)(operands[0])
         if "cp.async.cg" in text:
-            target, source = np.broadcast_arrays(*operands)
-            self.copied += list(zip(target.tolist(), source.tolist(), strict=True))
+            target, source, size = np.broadcast_arrays(*operands, *[16] * (3 - len(operands)))
+            self.copied += list(zip(target.tolist(), zip(source.tolist(), size.tolist(), strict=True), strict=True))
         elif "st.global.v4" in text:
             address, *words, live = operands
             for i in np.flatnonzero(live):
                 for j, word in enumerate(words):
                     assert self.written.setdefault(int(address[i]) + 4 * j, word[i]) == word[i]
+        elif "st.global" in text:
+            address, word, live = operands
+            for i in np.flatnonzero(live):
+                what = int(word[i]) + ("], high;" in text)  # a pair stands for its first token
+                assert self.written.setdefault(int(address[i]), what) == what
         else:
             assert "arrive" in text
         return None
@@ -174,30 +179,39 @@ def array(*registers):
     return types.SimpleNamespace(registers=found)
 
 
-@pytest.mark.parametrize(("block_tokens", "token_tile"), [(256, 0), (256, 2), (128, 1), (512, 1)])
-def test_gather_fills_the_swizzled_tile(monkeypatch, block_tokens, token_tile):
+@pytest.mark.parametrize("sentinel", [None, 90])
+@pytest.mark.parametrize(
+    ("block_tokens", "token_tile"), [(256, 0), (256, 2), (128, 1), (512, 1), (64, 8), (32, 3), (16, 32)]
+)
+def test_gather_fills_the_swizzled_tile(monkeypatch, block_tokens, token_tile, sentinel):
     tokens, x, ids, tile = 520, 10**6, 1000, 4096
     columns = np.random.default_rng(0).permutation(100)[:64]
     machine = Machine(monkeypatch, np.arange(256, 384), {ids + 4 * i: c for i, c in enumerate(columns)})
     ptx.gather(x, ids, tile, 0, array(token_tile), array(0), tokens=tokens, block_k=64, block_tokens=block_tokens,
-               first=256)  # fmt: skip
+               first=256, sentinel=sentinel)  # fmt: skip
     copied = dict(machine.copied)
     assert len(copied) == len(machine.copied) == 64 * block_tokens // 8
     for row in range(64):
         for chunk in range(block_tokens // 8):
-            in_tile, wide = row % 8, block_tokens // 64
-            offset = ((row // 8) * wide + chunk // 8) * 1024 + in_tile * 128 + ((chunk % 8) ^ in_tile) * 16
+            width = min(2 * block_tokens, 128)
+            index = (row // 8) * (2 * block_tokens // width) + 16 * chunk // width
+            offset = (8 * index + row % 8) * width + 16 * chunk % width
+            # The hardware's swizzle: address bits 4 to 6, as many as the width has chunks, turned by the bits 7 to 9.
+            got, size = copied[tile + (offset ^ (offset >> 3 & width - 16))]
             token = token_tile * block_tokens + 8 * chunk
-            got = copied[tile + offset]
             assert (got - x) % (tokens * 2) <= tokens * 2 - 16  # never behind a row's end
-            if token < tokens:
+            real = sentinel is None or columns[row] < sentinel
+            assert size == (16 if real else 0)
+            if token < tokens and real:
                 assert got == x + 2 * (columns[row] * tokens + token)
 
 
-@pytest.mark.parametrize(("height", "width"), [(64, 256), (128, 128), (64, 64)])
+@pytest.mark.parametrize(("height", "width", "tokens"), [
+    (64, 256, 520), (128, 128, 520), (64, 64, 520), (64, 16, 456), (64, 8, 450), (128, 32, 455), (64, 16, 1),
+])  # fmt: skip
 @pytest.mark.parametrize("first_token", [0, 448])
-def test_store_puts_every_pair_where_its_row_says(monkeypatch, height, width, first_token):
-    m, tokens, y = 90, 520, 10**6
+def test_store_puts_every_pair_where_its_row_says(monkeypatch, height, width, tokens, first_token):
+    m, y = 90, 10**6
     stored = np.random.default_rng(0).permutation(np.r_[np.arange(m), np.full(256 - m, m)])[:height]
     threads = np.arange(128, 256)
     machine = Machine(monkeypatch, threads, {4 * i: row for i, row in enumerate(stored)})
@@ -216,7 +230,7 @@ def test_store_puts_every_pair_where_its_row_says(monkeypatch, height, width, fi
     want = {
         y + 2 * (stored[i] * tokens + first_token + j): 1000 * i + j
         for i in range(height)
-        for j in range(0, width, 2)
+        for j in range(0, width, 1 if tokens % 2 else 2)
         if stored[i] < m and first_token + j < tokens
     }
     assert machine.written == want

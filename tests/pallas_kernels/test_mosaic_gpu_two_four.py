@@ -1,7 +1,8 @@
-"""Packed 2:4 matrices on sparse tensor cores: lowering for CUDA without a GPU, the positions' layout, products on a GPU."""
+"""Packed 2:4 on sparse tensor cores: lowering for CUDA without a GPU, layouts played in NumPy, products on a GPU."""
 
 import dataclasses
 import functools
+import types
 
 import jax
 import jax.numpy as jnp
@@ -10,8 +11,10 @@ import pytest
 from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
 
 import pallas_kernels as pk
-from pallas_kernels import hopper, mosaic_gpu_two_four
+from pallas_kernels import hopper, mosaic_gpu_two_four, pairs
 from pallas_kernels import mosaic_gpu_forward as kernel
+from pallas_kernels import mosaic_gpu_ptx as ptx
+from pallas_kernels import mosaic_gpu_sparse as sparse
 from pallas_kernels.row_grouped import to_dense
 
 Config = kernel.Config
@@ -77,6 +80,38 @@ def lower(function, *args):
 @pytest.mark.parametrize(("v", "n", "config"), CASES)
 def test_every_config_lowers_for_cuda(v, n, config):
     assert "wgmma.mma_async.sp" in lower(forward(config, "gelu"), *operands(v, n))
+
+
+@pytest.mark.parametrize(("rows", "first_row", "base"), [(64, 0, 512), (128, 0, 4096), (64, 64, 5120), (256, 0, 2048)])
+def test_positions_come_as_the_tensor_cores_want_them(monkeypatch, rows, first_row, base):
+    """The words of a step, as TMA lays them in shared memory, against the layout of the instruction's metadata."""
+    rng = np.random.default_rng(0)
+    two = np.sort(np.argsort(rng.random((16, first_row + rows, 4)), -1)[..., :2], -1)  # (fours, rows, 2)
+    positions = two.transpose(0, 2, 1).reshape(32, -1)
+    words = pairs.words(pairs.pack(positions))
+    memory = {}
+    for c, j in np.ndindex(*words.shape):
+        address = base + (j // 64) * 512 + c * 128 + (j % 64) * 2
+        memory[address ^ (address >> 3 & 0x70)] = int(words[c, j])
+    arith = types.SimpleNamespace(addi=np.add, muli=np.multiply, remui=np.remainder, divui=np.floor_divide,
+                                  andi=np.bitwise_and, xori=np.bitwise_xor)  # fmt: skip
+    for module in (ptx, sparse):
+        monkeypatch.setattr(module, "arith", arith)
+        monkeypatch.setattr(module, "ir", types.SimpleNamespace(IntegerType=types.SimpleNamespace(get_signless=int)))
+        monkeypatch.setattr(module, "utils", types.SimpleNamespace(thread_idx=lambda: np.arange(256, 384)))
+    monkeypatch.setattr(ptx, "_i32", int)
+    monkeypatch.setattr(ptx, "_shared", lambda ref: ref)
+    load = lambda text, at, kind: [memory[int(low)] | memory[int(high)] << 16 for low, high in zip(*at, strict=True)]  # noqa: E731
+    monkeypatch.setattr(ptx, "_emit", load)
+    for block in range(rows // 64):
+        registers = sparse._positions(base + (first_row // 64) * 512, block)
+        for row in range(64):
+            warp, half, q = row // 16, row // 8 % 2, row % 8
+            for four in range(16):
+                select, pair, i = four // 8, four // 4 % 2, four % 4
+                nibble = registers[32 * warp + 4 * q + 2 * select + pair] >> 4 * (4 * half + i) & 15
+                first, second = two[four, first_row + 64 * block + row]
+                assert nibble == first | second << 2
 
 
 @pytest.fixture
