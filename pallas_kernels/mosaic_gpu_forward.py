@@ -1,6 +1,6 @@
 """The forward product as a Pallas-Mosaic kernel for Hopper: one producer warpgroup gathers, two consumers multiply.
 
-A program works on one tile after the other: the rows of a group times some tokens. A step of a tile takes `BLOCK_K`
+A program works on one tile after the other: the rows of a group times some tokens. A step of a tile takes some
 slots through a ring of stages in shared memory. docs/kernels.md draws the pipeline.
 """
 
@@ -21,7 +21,7 @@ from pallas_kernels import mosaic_gpu_ptx as ptx
 from pallas_kernels import mosaic_gpu_sparse as sparse
 from pallas_kernels.triton_two_four import WORD
 
-BLOCK_K = 64  # slots of a step: what one row of a swizzled tile holds along K
+BLOCK_K = 64  # slots of the shortest step: what one row of a swizzled tile holds along K
 SHARED_MEMORY = 227 * 1024 - 2048  # bytes for the stages and the ring of ids; barriers and alignment take the rest
 WARPGROUPS = 3
 TILE_COST = 2  # what a tile costs beside its steps, in steps; only weighs the tiles of a schedule against each other
@@ -49,6 +49,9 @@ class Config:
         band: token tiles that programs side by side share: the tiles of `band` token tiles are dealt out group by
             group before the next band begins. Ragged groups are dealt heaviest first, whatever the band.
         registers: of a thread of the consumers and of the producer; (2 a + b) <= 512 - 8 in multiples of 8.
+        block_k: slots of a step, a multiple of `BLOCK_K`.
+        lag: how many steps the second consumer begins behind the first, fewer than `stages`. With it the epilogue of
+            one runs beside the products of the other.
     """
 
     block_tokens: int = 256
@@ -58,28 +61,34 @@ class Config:
     persistent: bool = True
     band: int = 1
     registers: tuple[int, int] = (216, 72)
+    block_k: int = BLOCK_K
+    lag: int = 0
 
     def shared_memory(self, group_size: int, packed: bool = False) -> int:
         """Bytes of the stages and the ring of column ids; a packed step has half the values and words of positions."""
-        weights = BLOCK_K * group_size + BLOCK_K // WORD * group_size * 2 if packed else BLOCK_K * group_size * 2
-        return self.stages * (weights + BLOCK_K * self.block_tokens * 2) + (self.stages + self.ahead) * BLOCK_K * 4
+        weights = group_size + 2 * group_size // WORD if packed else 2 * group_size
+        slot = self.stages * (weights + 2 * self.block_tokens) + 4 * (self.stages + self.ahead)
+        return slot * self.block_k
 
 
 @functools.lru_cache(maxsize=256)
-def schedule(segments: tuple[tuple[int, int], ...], token_tiles: int, programs: int, band: int) -> np.ndarray:
+def schedule(
+    segments: tuple[tuple[int, int], ...], token_tiles: int, programs: int, band: int, block_k: int = BLOCK_K
+) -> np.ndarray:
     """Deals the tiles of a product out to programs.
 
     Args:
-        segments: ((groups, slots), ...), the segment lengths in the order of the groups, multiples of `BLOCK_K`.
+        segments: ((groups, slots), ...), the segment lengths in the order of the groups, multiples of `block_k`.
         token_tiles: tiles along the tokens.
         programs: how many programs there are, at most one per tile.
         band: see `Config`.
+        block_k: see `Config`.
 
     Returns:
         (programs, 1 + longest + 1, 4) int32. The first row of a program is (number of tiles, 0, 0, 0); a row for each
-        of its tiles follows, (first slot / `BLOCK_K`, steps, group, token tile), those without steps last, then zeros.
+        of its tiles follows, (first slot / `block_k`, steps, group, token tile), those without steps last, then zeros.
     """
-    steps = np.repeat([slots // BLOCK_K for _, slots in segments], [groups for groups, _ in segments])
+    steps = np.repeat([slots // block_k for _, slots in segments], [groups for groups, _ in segments])
     first = np.concatenate([[0], np.cumsum(steps)])
     bands = [range(start, min(start + band, token_tiles)) for start in range(0, token_tiles, band)]
     order = [(group, n) for tiles in bands for group in range(len(steps)) for n in tiles]
@@ -131,7 +140,7 @@ def product(
     groups, token_tiles = sum(count for count, _ in segments), pl.cdiv(n, c.block_tokens)
     tiles = groups * token_tiles
     programs = min(multiprocessors, tiles) if c.persistent else tiles
-    work = schedule(segments, token_tiles, programs, c.band)
+    work = schedule(segments, token_tiles, programs, c.band, c.block_k)
     body = functools.partial(
         _body, config=c, v=v, m=m, n=n, width=work.shape[1], has_bias=bias is not None, packed=words is not None,
         sentinels=sentinels, activation=activation,
@@ -141,14 +150,14 @@ def product(
         body,
         out_type=jax.ShapeDtypeStruct((m, n), x.dtype),
         scratch_types=(
-            plgpu.SMEM((c.stages, BLOCK_K // 2 if packed else BLOCK_K, v), x.dtype, transforms=_tiled(v)),
-            plgpu.SMEM((c.stages, BLOCK_K, c.block_tokens), x.dtype, transforms=_tiled(c.block_tokens)),
-            plgpu.SMEM((ring, BLOCK_K), jnp.int32),
+            plgpu.SMEM((c.stages, c.block_k // 2 if packed else c.block_k, v), x.dtype, transforms=_tiled(v)),
+            plgpu.SMEM((c.stages, c.block_k, c.block_tokens), x.dtype, transforms=_tiled(c.block_tokens)),
+            plgpu.SMEM((ring, c.block_k), jnp.int32),
             plgpu.SMEM((2 * c.stages,), jnp.int32),  # the gather's own barriers, 8 bytes each
             plgpu.Barrier(num_barriers=c.stages, num_arrivals=2 if packed else 1),
             plgpu.Barrier(num_barriers=ring),
             plgpu.Barrier(num_barriers=c.stages, num_arrivals=2),
-            *([plgpu.SMEM((c.stages, BLOCK_K // WORD, v), jnp.uint16, transforms=_tiled(v, 4))] if packed else []),
+            *([plgpu.SMEM((c.stages, c.block_k // WORD, v), jnp.uint16, transforms=_tiled(v, 4))] if packed else []),
         ),
         grid=(programs,),
         grid_names=("program",),
@@ -212,6 +221,13 @@ def _body(values, columns, rows, work, x, *refs, config, v, m, n, width, has_bia
         issue = _inline(sparse.multiply, registers, *refs, result=running)
         drain = _inline(sparse.drain, registers, result=finished)
 
+        if c.lag:
+            first_steps = entry(0, 1)
+
+            @pl.when((warpgroup == 1) & (first_steps > 0))
+            def _lag():
+                wait(gathered, jnp.minimum(c.lag, first_steps - 1))
+
         def multiply(i, step):
             steps, group, token_tile = entry(i, 1), entry(i, 2), entry(i, 3)
             # Long before they are needed, so that the epilogue does not wait for them.
@@ -247,7 +263,7 @@ def _body(values, columns, rows, work, x, *refs, config, v, m, n, width, has_bia
             def multiply_sparse():
                 def one(k, acc):
                     (a, positions), b = operands(step + k)
-                    acc = issue(acc, a, positions, b)  # waits for all but this step
+                    acc = issue(acc, a, positions, b)  # waits for all that was issued before
                     pl.when(k > 0)(lambda: release(step + k - 1))
                     return acc
 
@@ -281,7 +297,7 @@ def _producer(copies, columns, x, b_tiles, ids, gathered, a_full, ids_full, empt
     plain, splat = plgpu.RefType(), plgpu.Layout.WG_SPLAT
     gather = _inline(
         functools.partial(
-            ptx.gather, tokens=x.shape[1], block_k=BLOCK_K, block_tokens=c.block_tokens, first=2 * ptx.WARPGROUP,
+            ptx.gather, tokens=x.shape[1], block_k=c.block_k, block_tokens=c.block_tokens, first=2 * ptx.WARPGROUP,
             sentinel=x.shape[0] if sentinels else None,
         ),
         plain, plain, plgpu.RefType(_tiled(c.block_tokens)), plain, splat, splat,
@@ -294,7 +310,7 @@ def _producer(copies, columns, x, b_tiles, ids, gathered, a_full, ids_full, empt
 
         @pl.when(left > 0)
         def _copy():
-            plgpu.copy_gmem_to_smem(columns.at[pl.ds(block * BLOCK_K, BLOCK_K)], ids.at[place], ids_full.at[place])
+            plgpu.copy_gmem_to_smem(columns.at[pl.ds(block * c.block_k, c.block_k)], ids.at[place], ids_full.at[place])
 
         # Behind the last tile a row of zeros ends it: no steps left, and never exactly one again.
         return lax.cond(

@@ -28,14 +28,18 @@ def zeros(*, shape: tuple[int, int], layout) -> fa.FragmentedArray:
 
 
 def multiply(acc, a, words, b) -> fa.FragmentedArray:
-    """Starts acc += W x for the slots of a step, then waits for all that was started before.
+    """Waits for all that was started before, then starts acc += W x for the slots of a step.
+
+    The tensor cores read the registers of positions while they work, and the compiler does not know it: loaded any
+    earlier, the positions of this step would replace those of the last one under way.
 
     Args:
         acc: (rows, tokens) float32, one number a register.
         a: (slots / 2, rows) two-byte values in shared memory, tiled, rows of 128 bytes swizzled.
-        words: (slots / 16, rows) uint16 in shared memory, tiled and swizzled alike, all of them in one row of tiles.
+        words: (slots / 16, rows) uint16 in shared memory, in tiles of four such rows.
         b: (slots, tokens) activations in shared memory, tiled and swizzled by up to 128 bytes.
     """
+    nvvm.wgmma_wait_group_sync_aligned(0)
     (slots, tokens), dtype = mma_utils.tiled_memref_shape(b)
     (_, rows), _ = mma_utils.tiled_memref_shape(a)
     # Both stand with the contraction outermost, which `logical_k_major` says of either operand here.
@@ -46,7 +50,7 @@ def multiply(acc, a, words, b) -> fa.FragmentedArray:
         b, swizzle=2 * ir.MemRefType(b.type).shape[-1], group_size=(SLOTS, tokens), logical_k_major=True
     )
     i64 = ir.IntegerType.get_signless(64)
-    positions = [_positions(words, block) for block in range(rows // ROWS)]
+    positions = [[_positions(words, block, part) for part in range(slots // 64)] for block in range(rows // ROWS)]
     nvvm.wgmma_fence_aligned()  # the tensor cores read the registers just written
     registers = acc.registers.copy()
     for block in range(rows // ROWS):
@@ -57,9 +61,9 @@ def multiply(acc, a, words, b) -> fa.FragmentedArray:
                 for base, offset in zip((a_base, b_base), offsets, strict=True)
             ]
             part = registers[block : block + 1]
-            registers[block : block + 1] = _instruction(part, *descriptors, positions[block], i % 2, tokens, dtype)
+            which = positions[block][i // 2]
+            registers[block : block + 1] = _instruction(part, *descriptors, which, i % 2, tokens, dtype)
     nvvm.wgmma_commit_group_sync_aligned()
-    nvvm.wgmma_wait_group_sync_aligned(1)
     return fa.FragmentedArray(_registers=registers, _layout=acc.layout, _is_signed=None)
 
 
@@ -69,19 +73,24 @@ def drain(acc) -> fa.FragmentedArray:
     return fa.optimization_barrier(acc).to_layout(fa.WGMMA_LAYOUT)
 
 
-def _positions(words, block: int):
-    """Loads this thread's register of positions for 64 rows and 64 slots."""
+def _positions(words, block: int, part: int):
+    """Loads this thread's register of positions for the 64 rows of a block and the 64 slots of a part of a step."""
     thread = arith.remui(utils.thread_idx(), ptx._i32(ptx.WARPGROUP))
     warp, lane = arith.divui(thread, ptx._i32(32)), arith.remui(thread, ptx._i32(32))
     q, c = arith.divui(lane, ptx._i32(4)), arith.remui(lane, ptx._i32(4))
     first = arith.addi(ptx._mul(warp, 32), ptx._mul(q, 2))
     address = arith.addi(ptx._shared(words), arith.addi(ptx._mul(c, 128), first))
-    address = arith.addi(address, ptx._i32(block * 4 * 128))
+    part_stride, block_stride = (2 * stride for stride in _strides(words)[:2])
+    address = arith.addi(address, ptx._i32(block * block_stride + part * part_stride))
     # The swizzle turns chunks of 16 bytes by the number of their row of 128.
     turn = arith.andi(arith.divui(address, ptx._i32(8)), ptx._i32(7 * 16))
     low = arith.xori(address, turn)
     load = "{ .reg .b16 low, high; ld.shared.b16 low, [$1]; ld.shared.b16 high, [$2]; mov.b32 $0, {low, high}; }"
     return ptx._emit(load, [low, arith.xori(low, ptx._i32(16))], ir.IntegerType.get_signless(32))
+
+
+def _strides(ref) -> list[int]:
+    return ir.MemRefType(ref.type).get_strides_and_offset()[0]
 
 
 def _instruction(acc: np.ndarray, a, b, positions, half: int, tokens: int, dtype: ir.Type) -> np.ndarray:

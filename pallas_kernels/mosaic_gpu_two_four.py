@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -53,12 +54,12 @@ def forward_two_four(matrix, x, bias, *, activation, layout, precision, config=N
         x = x.T
     n = x.shape[1]
     kernel = hopper.kernel()
-    config = heuristic(topology.group_size, n) if config is None else config
+    config = heuristic(topology, n) if config is None else config
     used = config.shared_memory(topology.group_size, packed=True)
     if used > kernel.SHARED_MEMORY:
         raise NotImplementedError(f"{config} takes {used} bytes of shared memory")
-    if n == 0 or not triton_tiles.is_aligned(topology, kernel.BLOCK_K):
-        raise NotImplementedError(f"the Mosaic kernel takes tokens, and steps of {kernel.BLOCK_K} slots: `prepare`")
+    if n == 0 or not triton_tiles.is_aligned(topology, config.block_k):
+        raise NotImplementedError(f"the Mosaic kernel takes tokens, and steps of {config.block_k} slots: `prepare`")
     product = functools.partial(
         kernel.product,
         m=topology.m,
@@ -79,19 +80,23 @@ def forward_two_four(matrix, x, bias, *, activation, layout, precision, config=N
     return y.T if layout == "token_major" else y
 
 
-def heuristic(group_size: int, tokens: int):
-    """The config for a group size and a number of tokens."""
-    config = hopper.kernel().Config
-    if tokens <= FEW_TOKENS and group_size > 64:
+def heuristic(topology, tokens: int):
+    """The config for a matrix and a number of tokens; measured, see docs/kernels.md."""
+    kernel, v = hopper.kernel(), topology.group_size
+    if tokens <= FEW_TOKENS and v > 64:
+        # Few tokens: what a step costs beside its bytes is shared by as many slots as segments allow.
         width = max(16, 1 << (tokens - 1).bit_length())
-        return config(
-            block_tokens=width, stages=(16 if width < 64 else 10) // (group_size // 128), split="rows", ahead=8
+        lengths = [slots for _, slots in topology.segments or ()]
+        config = kernel.Config(
+            block_tokens=width, split="rows", block_k=math.gcd(128 if width == 64 else 256, *lengths)
         )
-    if group_size == 256:
-        return config(block_tokens=128, stages=6, split="rows", band=4)
-    if group_size == 128:
-        return config(block_tokens=256, stages=5, split="rows", band=4)
-    return config(block_tokens=256, stages=5, split="tokens")
+        deep = (dataclasses.replace(config, stages=stages) for stages in range(12, 1, -1))
+        return next(c for c in deep if c.shared_memory(v, packed=True) <= kernel.SHARED_MEMORY)
+    if v == 256:
+        return kernel.Config(block_tokens=128, stages=6, split="rows", lag=4)
+    if v == 128:
+        return kernel.Config(block_tokens=256, stages=5, split="rows", lag=3)
+    return kernel.Config(block_tokens=256, stages=5, split="tokens")
 
 
 def pays(matrix, x, layout) -> bool:

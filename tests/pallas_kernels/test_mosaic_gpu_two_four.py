@@ -27,7 +27,7 @@ CASES = [
     (64, 520, Config(stages=5)),
     (64, 520, Config(block_tokens=512, stages=3)),
     *((128, 520, Config(stages=5, split=split, persistent=p, band=2)) for split in ("rows", "tokens") for p in (1, 0)),
-    (128, 1043, Config(stages=4, split="rows", ahead=8)),
+    (128, 1043, Config(stages=4, split="rows", ahead=8, lag=3)),
     *((256, 264, Config(block_tokens=128, split=split)) for split in ("rows", "tokens")),
     *((128, n, None) for n in (1, 2, 7, 8, 16, 17, 32, 64, 65, 200)),
     *((256, n, None) for n in (3, 16, 40)),
@@ -46,8 +46,8 @@ def packed(v, m=300, k=200, dtype="bfloat16", seed=0, ragged=True):
     r = -(-m // v)
     rows = np.full(r * v, m, np.int32)
     rows[rng.permutation(r * v)[:m]] = rng.permutation(m)
-    counts = rng.integers(k // 4, k + 1, r) if ragged else np.full(r, 64)
-    counts[-1] = 0 if ragged else 64
+    counts = rng.integers(k // 4, k + 1, r) if ragged else np.full(r, k // 256 * 256 or 64)
+    counts[-1] *= not ragged
     order = np.full((r, 4 * -(-k // 4)), k, np.int32)
     choice = np.zeros((m, k + 1), bool)
     for group, count in enumerate(counts):
@@ -100,11 +100,12 @@ def test_positions_come_as_the_tensor_cores_want_them(monkeypatch, rows, first_r
         monkeypatch.setattr(module, "ir", types.SimpleNamespace(IntegerType=types.SimpleNamespace(get_signless=int)))
         monkeypatch.setattr(module, "utils", types.SimpleNamespace(thread_idx=lambda: np.arange(256, 384)))
     monkeypatch.setattr(ptx, "_i32", int)
+    monkeypatch.setattr(sparse, "_strides", lambda ref: (4 * (first_row + rows), 256, 64, 1))
     monkeypatch.setattr(ptx, "_shared", lambda ref: ref)
     load = lambda text, at, kind: [memory[int(low)] | memory[int(high)] << 16 for low, high in zip(*at, strict=True)]  # noqa: E731
     monkeypatch.setattr(ptx, "_emit", load)
     for block in range(rows // 64):
-        registers = sparse._positions(base + (first_row // 64) * 512, block)
+        registers = sparse._positions(base + (first_row // 64) * 512, block, 0)
         for row in range(64):
             warp, half, q = row // 16, row // 8 % 2, row % 8
             for four in range(16):
