@@ -30,7 +30,7 @@ import numpy as np
 
 import pallas_kernels
 from benchmarks import two_four
-from pallas_kernels import configs, timing, tune
+from pallas_kernels import configs, mosaic_gpu, mosaic_gpu_two_four, timing, tune
 from pallas_kernels.matmul import Layout
 from pallas_kernels.row_grouped import to_dense
 
@@ -289,8 +289,9 @@ def config_of(case: Case, matrix, implementation: str) -> dict | None:
     if implementation == "xla":
         return None
     if implementation == "mosaic_gpu":
-        module = pallas_kernels.mosaic_gpu_two_four if case.packed else pallas_kernels.mosaic_gpu
-        return dataclasses.asdict(module.heuristic(case.group_size, case.n))
+        if case.packed:
+            return dataclasses.asdict(mosaic_gpu_two_four.heuristic(matrix.topology, case.n))
+        return dataclasses.asdict(mosaic_gpu.heuristic(case.group_size, case.n))
     if case.packed:
         return None
     slots, segments = matrix.topology.num_slots, matrix.topology.segments

@@ -7,6 +7,8 @@ rows of compressed weights, two of every four inputs, by 32 inputs of up to 256 
 second 2 and 3. A half so is one of the words of `pairs.words`, and all that is left to do is to load it.
 """
 
+from typing import Any
+
 import numpy as np
 from jax.experimental.mosaic.gpu import fragmented_array as fa
 from jax.experimental.mosaic.gpu import mma_utils, utils
@@ -49,20 +51,20 @@ def multiply(acc, a, words, b) -> fa.FragmentedArray:
     (b_base, _), (_, b_next_slots), _ = mma_utils.create_descriptor(
         b, swizzle=2 * ir.MemRefType(b.type).shape[-1], group_size=(SLOTS, tokens), logical_k_major=True
     )
-    i64 = ir.IntegerType.get_signless(64)
     positions = [[_positions(words, block, part) for part in range(slots // 64)] for block in range(rows // ROWS)]
     nvvm.wgmma_fence_aligned()  # the tensor cores read the registers just written
     registers = acc.registers.copy()
     for block in range(rows // ROWS):
         for i in range(slots // SLOTS):
-            offsets = block * a_next_rows + i * a_next_slots, i * b_next_slots
-            descriptors = [
-                llvm.add(base, utils.c(mma_utils.encode_addr(offset), i64), llvm.IntegerOverflowFlags.none)
-                for base, offset in zip((a_base, b_base), offsets, strict=True)
-            ]
-            part = registers[block : block + 1]
-            which = positions[block][i // 2]
-            registers[block : block + 1] = _instruction(part, *descriptors, which, i % 2, tokens, dtype)
+            registers[block : block + 1] = _instruction(
+                registers[block : block + 1],
+                _moved(a_base, block * a_next_rows + i * a_next_slots),
+                _moved(b_base, i * b_next_slots),
+                positions[block][i // 2],
+                i % 2,
+                tokens,
+                dtype,
+            )
     nvvm.wgmma_commit_group_sync_aligned()
     return fa.FragmentedArray(_registers=registers, _layout=acc.layout, _is_signed=None)
 
@@ -93,6 +95,11 @@ def _strides(ref) -> list[int]:
     return ir.MemRefType(ref.type).get_strides_and_offset()[0]
 
 
+def _moved(descriptor, offset: int):
+    """The descriptor of what lies `offset` bytes further."""
+    return arith.addi(descriptor, ptx._i64(mma_utils.encode_addr(offset)))
+
+
 def _instruction(acc: np.ndarray, a, b, positions, half: int, tokens: int, dtype: ir.Type) -> np.ndarray:
     """One product of 64 rows; `half` says which threads' positions it reads."""
     count, f32 = tokens // 2, ir.VectorType.get((1,), ir.F32Type.get())
@@ -101,7 +108,7 @@ def _instruction(acc: np.ndarray, a, b, positions, half: int, tokens: int, dtype
     # Immediates: add to the accumulators; signs of a and b; both operands stand transposed.
     text = f"{name} {held}, ${2 * count}, ${2 * count + 1}, ${2 * count + 2}, {half}, 1, 1, 1, 1, 1;"
     constraints = ["=f"] * count + [str(i) for i in range(count)] + ["l", "l", "r"]
-    struct = llvm.inline_asm(
+    struct: Any = llvm.inline_asm(
         llvm.StructType.get_literal([f32] * count),
         [*acc.flat, a, b, positions],
         text,

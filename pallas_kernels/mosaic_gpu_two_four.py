@@ -82,21 +82,42 @@ def forward_two_four(matrix, x, bias, *, activation, layout, precision, config=N
 
 def heuristic(topology, tokens: int):
     """The config for a matrix and a number of tokens; measured, see docs/kernels.md."""
-    kernel, v = hopper.kernel(), topology.group_size
+    config, v = hopper.kernel().Config, topology.group_size
     if tokens <= FEW_TOKENS and v > 64:
         # Few tokens: what a step costs beside its bytes is shared by as many slots as segments allow.
         width = max(16, 1 << (tokens - 1).bit_length())
-        lengths = [slots for _, slots in topology.segments or ()]
-        config = kernel.Config(
-            block_tokens=width, split="rows", block_k=math.gcd(128 if width == 64 else 256, *lengths)
-        )
-        deep = (dataclasses.replace(config, stages=stages) for stages in range(12, 1, -1))
-        return next(c for c in deep if c.shared_memory(v, packed=True) <= kernel.SHARED_MEMORY)
-    if v == 256:
-        return kernel.Config(block_tokens=128, stages=6, split="rows", lag=4)
-    if v == 128:
-        return kernel.Config(block_tokens=256, stages=5, split="rows", lag=3)
-    return kernel.Config(block_tokens=256, stages=5, split="tokens")
+        return _deepest(topology, config(block_tokens=width, split="rows", block_k=128 if width == 64 else 256))
+    if v == 64:
+        return config(block_tokens=256, stages=5, split="tokens")
+    if v == 256 or tokens <= 128:
+        return config(block_tokens=128, stages=6, split="rows", lag=4)
+    return config(block_tokens=256, stages=5, split="rows", lag=3)
+
+
+def search_space(topology, tokens: int) -> tuple:
+    """The configs worth measuring, the heuristic's first."""
+    first = heuristic(topology, tokens)
+    if first.block_tokens <= FEW_TOKENS:
+        tried = [_deepest(topology, dataclasses.replace(first, block_k=block_k)) for block_k in (64, 128, 256)]
+        tried += [dataclasses.replace(c, stages=c.stages // 2) for c in tried]
+    else:
+        tried = [
+            dataclasses.replace(first, lag=lag, band=band, split=split)
+            for split in ("rows", "tokens")
+            for lag in (0, 1, 2, 3, first.stages - 1)
+            for band in (1, 4)
+            if topology.group_size > 64 or split == "tokens"
+        ]
+    return tuple(dict.fromkeys([first, *tried]))
+
+
+def _deepest(topology, config):
+    """The config with steps that divide the segments, and as deep a ring as fits."""
+    lengths = [slots for _, slots in topology.segments or ()]
+    config = dataclasses.replace(config, block_k=math.gcd(config.block_k, *lengths))
+    rings = (dataclasses.replace(config, stages=stages) for stages in range(12, 1, -1))
+    room = hopper.kernel().SHARED_MEMORY
+    return next(c for c in rings if c.shared_memory(topology.group_size, packed=True) <= room)
 
 
 def pays(matrix, x, layout) -> bool:
