@@ -82,6 +82,49 @@ def test_every_config_lowers_for_cuda(v, n, config):
     assert "wgmma.mma_async.sp" in lower(forward(config, "gelu"), *operands(v, n))
 
 
+@pytest.mark.parametrize(("v", "n", "taken"), [(128, 16, True), (128, 520, True), (64, 16, False), (64, 520, True)])
+def test_the_default_takes_it_where_it_pays(v, n, taken):
+    matrix, x, _ = operands(v, n)
+    text = lower(functools.partial(pk.matmul, layout="feature_major", activation="relu"), matrix, x)
+    assert ("wgmma.mma_async.sp" in text) == taken
+    assert ("xla.gpu.triton" in text) != taken
+
+
+def test_by_name_gradients_and_vmap_lower_for_cuda():
+    matrix, x, _ = operands(128, 40)
+    call = functools.partial(pk.matmul, implementation="mosaic_gpu")
+    loss = lambda v, x: call(pk.RowGrouped(v, matrix.topology), x).astype(jnp.float32).sum()  # noqa: E731
+    text = lower(jax.value_and_grad(loss, (0, 1)), matrix.values, x.T)
+    assert "wgmma.mma_async.sp" in text
+    assert "xla.gpu.triton" in text
+    assert "wgmma.mma_async.sp" in lower(jax.vmap(lambda x: call(matrix, x)), jnp.stack([x.T, x.T]))
+
+
+@pytest.mark.parametrize(("matrix", "n", "match"), [
+    (packed(32), 16, "groups of"),
+    (packed(128, dtype="float32"), 16, "bfloat16 and float16"),
+    (packed(128), 16, "steps of"),
+    (pk.prepare(packed(128), "mosaic_gpu"), 0, "takes tokens"),
+])  # fmt: skip
+def test_what_the_kernel_cannot_do_falls_through(matrix, n, match):
+    x = jnp.zeros((200, n), matrix.dtype)
+    call = functools.partial(pk.matmul, layout="feature_major", implementation="mosaic_gpu")
+    with gpu_mesh(), pytest.raises(NotImplementedError, match=match):
+        jax.eval_shape(call, matrix, x)
+
+
+@pytest.mark.parametrize(("k", "sentinels"), [(200, True), (256, False)])
+def test_prepared_matrices_stand_for_the_same_weights(k, sentinels):
+    canonical = packed(128, m=150, k=k, ragged=k == 200)
+    prepared = pk.prepare(canonical, "mosaic_gpu")
+    assert prepared.topology.sentinels == sentinels
+    assert prepared.topology.pairs.dtype == np.uint16
+    np.testing.assert_array_equal(to_dense(prepared), to_dense(canonical))
+    x = jnp.ones((3, k), jnp.bfloat16)
+    y = [pk.matmul(matrix, x, implementation="xla").astype(jnp.float32) for matrix in (prepared, canonical)]
+    np.testing.assert_allclose(*y, rtol=1e-2, atol=0.1)
+
+
 @pytest.mark.parametrize(("rows", "first_row", "base"), [(64, 0, 512), (128, 0, 4096), (64, 64, 5120), (256, 0, 2048)])
 def test_positions_come_as_the_tensor_cores_want_them(monkeypatch, rows, first_row, base):
     """The words of a step, as TMA lays them in shared memory, against the layout of the instruction's metadata."""
