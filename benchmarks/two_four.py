@@ -1,8 +1,8 @@
 """The study behind the packed 2:4 kernels: their configs and XLA's dense product, in one call.
 
 `python -m benchmarks.two_four --out FILE` checks every config against float32 and writes kernel times (CUPTI, cold L2,
-medians). Of each backend the library's own choice comes first, then what else its search space holds (`--search`). The
-acceptance cases beside all baselines are those of `benchmarks.matmul`.
+medians). Of each backend the library's own choice comes first; `--search` adds the search spaces of some backends for
+some cases. The acceptance cases beside all baselines are those of `benchmarks.matmul`.
 """
 
 import argparse
@@ -13,6 +13,7 @@ import json
 import os
 import pathlib
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -41,15 +42,23 @@ class Case:
     dtype: str = "bfloat16"
 
 
+# Whose search spaces `--search` measures.
+SEARCHED = (
+    Case("shfl_tvw", *LARGE, 4096, 0.75),
+    Case("shfl_tvw", *LARGE, 4096, 0.75, 256),
+    Case("shfl_tvw", *TALL, 16, 0.75),
+)
+
+
 def cases() -> list[Case]:
     """The cases of the acceptance table first."""
-    first = [Case("shfl_tvw", *TALL, n, s) for s in (0.75, 0.875) for n in (16, 1, 64, 8)]
-    first += [Case("shfl_tvw", *LARGE, 4096, s) for s in (0.75, 0.875, 0.9375)]
-    first += [Case("shfl_tvw", *TALL, n, 0.9375) for n in (16, 1, 64)]
-    first += [Case("tvw", *LARGE, 4096, s) for s in (0.75, 0.875, 0.9375)]
-    first += [Case("tvw", *TALL, 16, s) for s in (0.75, 0.875, 0.9375)]
-    first += [Case("shfl_tvw", *LARGE, n, 0.75) for n in (16, 256, 1024)] + [Case("shfl_tvw", *TALL, 256, 0.75)]
-    return first
+    found = [*SEARCHED, *(Case("shfl_tvw", *TALL, n, s) for s in (0.75, 0.875) for n in (1, 8, 16, 64))]
+    found += [Case("shfl_tvw", *LARGE, 4096, s, v) for v in (128, 256) for s in (0.875, 0.9375)]
+    found += [Case("tvw", *LARGE, 4096, s, v) for v in (128, 256) for s in (0.75, 0.875)]
+    found += [Case("shfl_tvw", *LARGE, 4096, 0.75, 64), Case("shfl_tvw", *TALL, 16, 0.9375)]
+    found += [Case("shfl_tvw", *LARGE, n, 0.75) for n in (16, 256, 1024)] + [Case("shfl_tvw", *TALL, 256, 0.75)]
+    found += [Case("tvw", *TALL, 16, s) for s in (0.75, 0.875)]
+    return list(dict.fromkeys(found))
 
 
 def random_matrix(case: Any, seed: int = 0) -> RowGrouped:
@@ -108,12 +117,13 @@ class Candidate:
         return backend.forward_two_four(matrix, x, None, **options, config=self.config)
 
 
-def candidates(case: Case, matrix: RowGrouped, search: bool) -> list[Candidate]:
-    """What is measured for a case, beside the dense product."""
+def candidates(case: Case, matrix: RowGrouped, search: Sequence[str]) -> list[Candidate]:
+    """What is measured for a case, beside the dense product; `search` names backends."""
     found = [Candidate("mosaic_gpu"), Candidate("triton")]
-    if search:
-        found += [Candidate("mosaic_gpu", c) for c in mosaic_gpu_two_four.search_space(matrix.topology, case.n)]
-        if case.n <= triton_two_four.MOST_TOKENS:
+    if case in SEARCHED:
+        if "mosaic_gpu" in search:
+            found += [Candidate("mosaic_gpu", c) for c in mosaic_gpu_two_four.search_space(matrix.topology, case.n)]
+        if "triton" in search and case.n <= triton_two_four.MOST_TOKENS:
             space = triton_two_four.search_space(matrix.topology, case.n, case.dtype)
             found += [Candidate("triton", "expanded"), *(Candidate("triton", c) for c in space)]
     return found
@@ -156,7 +166,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=pathlib.Path, required=True, help="the results file, written anew")
     parser.add_argument("--minutes", type=float, default=4, help="no case is begun after so many")
-    parser.add_argument("--search", type=int, default=0, help="so many of the first cases with the search spaces too")
+    parser.add_argument("--search", nargs="+", default=[], choices=BACKENDS, help="backends whose configs are compared")
     parser.add_argument("--first", type=int, help="only so many cases")
     arguments = parser.parse_args()
     started, device = time.monotonic(), configs.device_name(tune.triton_device())
@@ -175,9 +185,9 @@ def main() -> None:
         compiled = {
             case: {
                 c: pool.submit(build, c.product, matrices[case], shapes[case])
-                for c in candidates(case, matrices[case], i < arguments.search)
+                for c in candidates(case, matrices[case], arguments.search)
             }
-            for i, case in enumerate(todo)
+            for case in todo
         }
         for case in todo:
             if time.monotonic() - started > 60 * arguments.minutes:

@@ -88,25 +88,25 @@ def heuristic(topology, tokens: int):
         width = max(16, 1 << (tokens - 1).bit_length())
         return _deepest(topology, config(block_tokens=width, split="rows", block_k=128 if width == 64 else 256))
     if v == 64:
-        return config(block_tokens=256, stages=5, split="tokens")
+        return config(block_tokens=512, stages=3, split="tokens")
     if v == 256 or tokens <= 128:
-        return config(block_tokens=128, stages=6, split="rows", lag=4)
-    return config(block_tokens=256, stages=5, split="rows", lag=3)
+        return config(block_tokens=128, stages=4, split="rows", staged=True)
+    return config(block_tokens=256, stages=3, split="rows", staged=True)
 
 
 def search_space(topology, tokens: int) -> tuple:
     """The configs worth measuring, the heuristic's first."""
-    first = heuristic(topology, tokens)
+    first, v = heuristic(topology, tokens), topology.group_size
     if first.block_tokens <= FEW_TOKENS:
         tried = [_deepest(topology, dataclasses.replace(first, block_k=block_k)) for block_k in (64, 128, 256)]
-        tried += [dataclasses.replace(c, stages=c.stages // 2) for c in tried]
+        tried += [dataclasses.replace(c, stages=max(2, c.stages // 2)) for c in tried]
     else:
         tried = [
-            dataclasses.replace(first, lag=lag, band=band, split=split)
+            _deepest(topology, dataclasses.replace(first, staged=staged, band=band, split=split))
+            for staged in (True, False)
             for split in ("rows", "tokens")
-            for lag in (0, 1, 2, 3, first.stages - 1)
             for band in (1, 4)
-            if topology.group_size > 64 or split == "tokens"
+            if v > 64 or split == "tokens"
         ]
     return tuple(dict.fromkeys([first, *tried]))
 

@@ -25,8 +25,13 @@ pytestmark = pytest.mark.filterwarnings("ignore:The Pallas Triton backend is dep
 CONFIGS = {
     64: [Config(), Config(block_tokens=512, stages=3), Config(block_tokens=128, stages=8), Config(persistent=False)],
     128: [Config(split=split, persistent=p, band=b) for split in ("rows", "tokens") for p, b in ((True, 4), (False, 1))]
-    + [Config(stages=3, split="rows"), Config(block_tokens=128, stages=6, split="rows"), Config(ahead=8)],
-    256: [Config(block_tokens=128, split=split) for split in ("rows", "tokens")],
+    + [
+        Config(stages=3, split="rows"),
+        Config(stages=3, staged=True),
+        Config(block_tokens=128, stages=6, split="rows"),
+        Config(ahead=8),
+    ],
+    256: [Config(block_tokens=128, stages=3, split=split, staged=split == "rows") for split in ("rows", "tokens")],
 }
 ALL = [(v, config) for v, configs in CONFIGS.items() for config in configs]
 
