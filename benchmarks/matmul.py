@@ -29,7 +29,8 @@ import jax.numpy as jnp
 import numpy as np
 
 import pallas_kernels
-from pallas_kernels import configs, timing, tune
+from benchmarks import two_four
+from pallas_kernels import configs, mosaic_gpu, mosaic_gpu_two_four, timing, tune
 from pallas_kernels.matmul import Layout
 from pallas_kernels.row_grouped import to_dense
 
@@ -64,6 +65,12 @@ class Case:
     backward: bool = False
     epilogue: str | None = None  # None, or an activation with a bias
     dtype: str = "bfloat16"
+    packed: str | None = None  # None, or "tvw" or "shfl_tvw": 2:4 inside the groups, half of the total density
+
+    @property
+    def pattern(self) -> str:
+        """What the matrix is called in a record."""
+        return self.packed or ("shfl_bw" if self.counts == "equal" else "vw")
 
     @property
     def shape_key(self) -> tuple:
@@ -84,6 +91,14 @@ ACCEPTANCE = (
     Case("square", 4096, 4096, 4096, backward=True),
     Case("square", 4096, 4096, 4096, counts="ragged"),
     *(Case("square", 4096, 4096, 4096, epilogue=e) for e in ("gelu", "relu")),
+    *(
+        Case("square", 4096, 4096, 4096, s, v, packed=pattern)
+        for pattern in ("shfl_tvw", "tvw")
+        for v, sparsities in ((128, (0.75, 0.875, 0.9375)), (256, (0.75, 0.875)))
+        for s in sparsities
+    ),
+    *(Case("llm", 14336, 4096, n, s, packed="shfl_tvw") for s in (0.75, 0.875) for n in (1, 8, 16, 64)),
+    Case("llm", 14336, 4096, 16, 0.9375, packed="shfl_tvw"),
 )
 
 
@@ -142,9 +157,11 @@ class Torch:
 
 def operands(case: Case, implementation: str) -> tuple:
     """The prepared matrix, the activations in the case's layout, the output's gradient and the bias of a case."""
-    matrix = tune.random_matrix(
-        case.m, case.k, case.sparsity, case.group_size, equal=case.counts == "equal", dtype=case.dtype
-    )
+    if case.packed:
+        matrix = two_four.random_matrix(case)
+    else:
+        equal = case.counts == "equal"
+        matrix = tune.random_matrix(case.m, case.k, case.sparsity, case.group_size, equal=equal, dtype=case.dtype)
     if implementation != "xla" and not case.backward:  # training runs on the canonical form
         matrix = pallas_kernels.prepare(matrix, implementation)
     keys = jax.random.split(jax.random.key(1), 3)
@@ -223,7 +240,7 @@ def _shapes(case: Case):
 def measure(case: Case, compiled: dict, torch: Torch) -> list[dict]:
     """The records of one case."""
     base: dict[str, Any] = dataclasses.asdict(case) | {"op": "matmul_grad" if case.backward else "matmul"}
-    del base["backward"]
+    del base["backward"], base["packed"]
     feature_major = dataclasses.replace(case, layout="feature_major", epilogue=None)
     _, x, dy, _ = operands(feature_major, "triton")
     dense_sets = tune.copies((jax.random.normal(jax.random.key(2), (case.m, case.k), case.dtype), x, dy))
@@ -238,7 +255,7 @@ def measure(case: Case, compiled: dict, torch: Torch) -> list[dict]:
     for name in IMPLEMENTATIONS:
         if name not in compiled:
             continue
-        record = base | {"pattern": "shfl_bw" if case.counts == "equal" else "vw", "implementation": name}
+        record = base | {"pattern": case.pattern, "implementation": name}
         if isinstance(compiled[name], str):
             records.append(record | {"time_us": None, "error": compiled[name]})
             continue
@@ -271,10 +288,13 @@ def config_of(case: Case, matrix, implementation: str) -> dict | None:
     """The forward kernel's config for a case, as it is looked up."""
     if implementation == "xla":
         return None
+    if case.packed:
+        packed = implementation == "mosaic_gpu"
+        return dataclasses.asdict(mosaic_gpu_two_four.heuristic(matrix.topology, case.n)) if packed else None
     slots, segments = matrix.topology.num_slots, matrix.topology.segments
     equal = segments is not None and len(segments) == 1
     problem = configs.Problem("forward", case.m, case.k, case.n, slots, case.group_size, case.dtype, equal)
-    look_up = {"mosaic_gpu": pallas_kernels.mosaic_gpu.tuned, "triton": configs.config}[implementation]
+    look_up = {"mosaic_gpu": mosaic_gpu.tuned, "triton": configs.config}[implementation]
     return dataclasses.asdict(look_up(problem, jax.devices()[0].device_kind))
 
 
@@ -305,7 +325,8 @@ def dense_error(case: Case, arguments: tuple, reference: np.ndarray) -> float:
 
 def key_of(case: Case) -> str:
     """A case as one word, by which a results file is resumed."""
-    words = [case.suite, f"{case.m}x{case.k}x{case.n}", f"{case.sparsity:g}", f"V{case.group_size}", case.counts]
+    words = [case.suite, f"{case.m}x{case.k}x{case.n}", f"{case.sparsity:g}", f"V{case.group_size}"]
+    words += [case.packed or case.counts]
     words += [case.layout, case.dtype] + ["backward"] * case.backward + ([case.epilogue] if case.epilogue else [])
     return "/".join(words)
 

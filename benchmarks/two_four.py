@@ -1,7 +1,8 @@
-"""Products with packed 2:4 matrices on a GPU, side by side with dense ones: `python -m benchmarks.two_four`.
+"""The study behind the packed 2:4 kernels: their configs and XLA's dense product, in one call.
 
-Patterns `tvw` and `shfl_tvw` of the matmul suite. Every case is measured in the same call as its dense baseline, by
-CUPTI, with a cold L2. `--search` also measures the search space of the packed kernel, and the expanded matrix.
+`python -m benchmarks.two_four --out FILE` checks every config against float32 and writes kernel times (CUPTI, cold L2,
+medians). Of each backend the library's own choice comes first; `--search` adds the search spaces of some backends for
+some cases. The acceptance cases beside all baselines are those of `benchmarks.matmul`.
 """
 
 import argparse
@@ -12,17 +13,20 @@ import json
 import os
 import pathlib
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels import RowGrouped, configs, timing, triton, triton_two_four, tune, two_four
+import pallas_kernels
+from pallas_kernels import RowGrouped, configs, mosaic_gpu, mosaic_gpu_two_four, timing, triton, triton_two_four, tune
 from pallas_kernels.row_grouped import Topology, to_dense
 
 PAIRS = np.array([first | second << 2 for first in range(4) for second in range(first + 1, 4)], np.uint8)
 LARGE, TALL = (4096, 4096), (14336, 4096)
+BACKENDS = {"mosaic_gpu": mosaic_gpu, "triton": triton}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,19 +42,27 @@ class Case:
     dtype: str = "bfloat16"
 
 
+# Whose search spaces `--search` measures.
+SEARCHED = (
+    Case("shfl_tvw", *LARGE, 4096, 0.75),
+    Case("shfl_tvw", *LARGE, 4096, 0.75, 256),
+    Case("shfl_tvw", *TALL, 16, 0.75),
+)
+
+
 def cases() -> list[Case]:
     """The cases of the acceptance table first."""
-    first = [Case("shfl_tvw", *TALL, n, s) for s in (0.75, 0.875) for n in (16, 1, 64, 8)]
-    first += [Case("shfl_tvw", *LARGE, 4096, s) for s in (0.75, 0.875, 0.9375)]
-    first += [Case("shfl_tvw", *TALL, n, 0.9375) for n in (16, 1, 64)]
-    first += [Case("tvw", *LARGE, 4096, s) for s in (0.75, 0.875, 0.9375)]
-    first += [Case("tvw", *TALL, 16, s) for s in (0.75, 0.875, 0.9375)]
-    first += [Case("shfl_tvw", *LARGE, n, 0.75) for n in (16, 256, 1024)] + [Case("shfl_tvw", *TALL, 256, 0.75)]
-    return first
+    found = [*SEARCHED, *(Case("shfl_tvw", *TALL, n, s) for s in (0.75, 0.875) for n in (1, 8, 16, 64))]
+    found += [Case("shfl_tvw", *LARGE, 4096, s, v) for v in (128, 256) for s in (0.875, 0.9375)]
+    found += [Case("tvw", *LARGE, 4096, s, v) for v in (128, 256) for s in (0.75, 0.875)]
+    found += [Case("shfl_tvw", *LARGE, 4096, 0.75, 64), Case("shfl_tvw", *TALL, 16, 0.9375)]
+    found += [Case("shfl_tvw", *LARGE, n, 0.75) for n in (16, 256, 1024)] + [Case("shfl_tvw", *TALL, 256, 0.75)]
+    found += [Case("tvw", *TALL, 16, s) for s in (0.75, 0.875)]
+    return list(dict.fromkeys(found))
 
 
-def random_matrix(case: Case, seed: int) -> RowGrouped:
-    """A random packed matrix with the counts of a pattern: all groups alike (shfl_tvw), or TW's split (tvw).
+def random_matrix(case: Any, seed: int = 0) -> RowGrouped:
+    """A random canonical packed matrix with the counts of a pattern: all groups alike (shfl_tvw), or TW's split (tvw).
 
     In tvw, outputs and inputs keep the root of twice the density, and the pruned outputs fill groups without columns.
     """
@@ -76,97 +88,121 @@ def random_matrix(case: Case, seed: int) -> RowGrouped:
         *map(jnp.asarray, (columns, ptr, rows)), m=case.m, k=case.k, group_size=v, max_count=int(counts.max()),
         pairs=jnp.asarray(pairs),
     )  # fmt: skip
-    return two_four.call(triton, "prepare", RowGrouped(values.astype(case.dtype), topology))
+    return RowGrouped(values.astype(case.dtype), topology)
 
 
-def product(config):
-    """The packed product as a function of (matrix, x), feature-major; "expanded" by way of the expanded matrix."""
+@dataclasses.dataclass(frozen=True)
+class Candidate:
+    """A way to compute a product; no config: what the library takes by itself."""
 
-    def run(matrix, x):
-        if config == "expanded":
-            return triton_two_four.forward_expanded(
-                matrix, x, None, activation=None, layout="feature_major", precision=None
-            )
-        return triton.forward_two_four(
-            matrix, x, None, activation=None, layout="feature_major", precision=None, config=config
-        )
+    implementation: str
+    config: Any = None
 
-    return run
+    @property
+    def label(self) -> str:
+        """One line: what differs from the default of its class."""
+        if not dataclasses.is_dataclass(self.config):
+            return self.config or "own choice"
+        default = type(self.config)()
+        fields = [f.name for f in dataclasses.fields(self.config)]
+        changed = [f for f in fields if getattr(self.config, f) != getattr(default, f)]
+        return " ".join(f"{f}={getattr(self.config, f)}" for f in changed)
 
-
-def compiled(case: Case, search: bool):
-    """The compiled candidates, (config, function) each, and the compiled dense products."""
-    matrix = random_matrix(case, 0)
-    x = jax.ShapeDtypeStruct((case.k, case.n), case.dtype)
-    space = [None]
-    if search:
-        space += ["expanded", *triton_two_four.search_space(matrix.topology, case.n, case.dtype)]
-
-    def build(function, *args):
-        try:
-            return jax.jit(function).lower(*args).compile()
-        except jax.errors.JaxRuntimeError:  # too much shared memory or too many registers
-            return None
-
-    weight = jax.ShapeDtypeStruct((case.m, case.k), case.dtype)
-    dense = [build(function, weight, x, None) for function in tune.dense_products("forward")]
-    return [(c, f) for c in space if (f := build(product(c), matrix, x)) is not None], dense
+    def product(self, matrix, x):
+        """W x, feature-major."""
+        options = {"activation": None, "layout": "feature_major", "precision": None}
+        if self.config == "expanded":
+            return triton_two_four.forward_expanded(matrix, x, None, **options)
+        backend = BACKENDS[self.implementation]
+        return backend.forward_two_four(matrix, x, None, **options, config=self.config)
 
 
-def measure(case: Case, candidates, dense) -> dict:
-    """One record: what the library does by itself, and where searched the best that was found."""
-    keys = jax.random.split(jax.random.key(1))
-    x = jax.random.normal(keys[0], (case.k, case.n), case.dtype)
-    matrix = random_matrix(case, 0)
+def candidates(case: Case, matrix: RowGrouped, search: Sequence[str]) -> list[Candidate]:
+    """What is measured for a case, beside the dense product; `search` names backends."""
+    found = [Candidate("mosaic_gpu"), Candidate("triton")]
+    if case in SEARCHED:
+        if "mosaic_gpu" in search:
+            found += [Candidate("mosaic_gpu", c) for c in mosaic_gpu_two_four.search_space(matrix.topology, case.n)]
+        if "triton" in search and case.n <= triton_two_four.MOST_TOKENS:
+            space = triton_two_four.search_space(matrix.topology, case.n, case.dtype)
+            found += [Candidate("triton", "expanded"), *(Candidate("triton", c) for c in space)]
+    return found
+
+
+def build(function, *args):
+    """A compiled function, or the text of what is wrong with it."""
+    try:
+        return jax.jit(function).lower(*args).compile()
+    except (jax.errors.JaxRuntimeError, NotImplementedError) as error:  # too much shared memory or too many registers
+        return str(error)[:200]
+
+
+def measure(case: Case, matrix: RowGrouped, compiled: dict[Candidate, Any], dense: list) -> list[dict]:
+    """A record for every candidate."""
+    x = jax.random.normal(jax.random.key(1), (case.k, case.n), case.dtype)
     weight = to_dense(matrix)
     want = (weight.astype(jnp.float32) @ x.astype(jnp.float32)).astype(jnp.float32)
     dense_time = min(timing.median_us(f, tune.copies((weight, x, None)))[0] for f in dense)
-    sets, tried = tune.copies((matrix, x)), []
-    for config, function in candidates:
-        error = float(tune._error(function(matrix, x), want))
-        if not error < tune.LARGEST_ERROR:
-            print(f"wrong by {error}: {case} {config}", flush=True)
+    sets, records = tune.copies((matrix, x)), []
+    base = {"op": "matmul", **dataclasses.asdict(case), "layout": "feature_major", "dense_time_us": dense_time}
+    base |= {"nbytes": matrix.nbytes, "bytes_share": matrix.nbytes / weight.nbytes}
+    for candidate, future in compiled.items():
+        function = future.result()
+        record = base | {"implementation": candidate.implementation, "label": candidate.label, "time_us": None}
+        if isinstance(function, str):
+            records.append(record | {"error": function})
+            continue
+        record["relative_error"] = float(tune._error(function(matrix, x), want))
+        if not record["relative_error"] < tune.LARGEST_ERROR:
+            records.append(record | {"error": "wrong"})
             continue
         time_us, kernels = timing.median_us(function, sets)
-        shown = dataclasses.asdict(config) if isinstance(config, configs.Config) else config
-        tried.append({"config": shown, "time_us": time_us, "kernels": kernels, "error": error})
-    own = next(entry for entry in tried if entry["config"] is None)
-    best = sorted(tried, key=lambda entry: entry["time_us"])[:6]
-    record = {"op": "matmul", **dataclasses.asdict(case), "implementation": "triton", "layout": "feature_major"}
-    record |= {"counts": "equal" if case.pattern == "shfl_tvw" else "ragged", "time_us": own["time_us"]}
-    record |= {"dense_time_us": dense_time, "speedup": dense_time / own["time_us"], "kernels": own["kernels"]}
-    record |= {"relative_error": own["error"], "nbytes": matrix.nbytes, "bytes_share": matrix.nbytes / weight.nbytes}
-    return record | ({"tried": len(tried), "best": best} if len(tried) > 1 else {})
+        records.append(record | {"time_us": time_us, "kernels": kernels, "speedup": dense_time / time_us})
+    return records
 
 
 def main() -> None:
     """Measures and writes the results file."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--out", type=pathlib.Path, required=True, help="the results file; cases in it are skipped")
-    parser.add_argument("--minutes", type=float, default=4, help="no batch of cases is begun after so many")
-    parser.add_argument("--search", action="store_true", help="measure the search space too")
+    parser.add_argument("--out", type=pathlib.Path, required=True, help="the results file, written anew")
+    parser.add_argument("--minutes", type=float, default=4, help="no case is begun after so many")
+    parser.add_argument("--search", nargs="+", default=[], choices=BACKENDS, help="backends whose configs are compared")
     parser.add_argument("--first", type=int, help="only so many cases")
     arguments = parser.parse_args()
     started, device = time.monotonic(), configs.device_name(tune.triton_device())
     results: dict[str, Any] = {"device": device, "jax": jax.__version__, "date": None, "records": []}
-    if arguments.out.exists():
-        results = json.loads(arguments.out.read_text())
-    done = {tuple(r[f.name] for f in dataclasses.fields(Case)) for r in results["records"]}
-    todo = [case for case in cases()[: arguments.first] if dataclasses.astuple(case) not in done]
+    todo = cases()[: arguments.first]
+    matrices = {case: pallas_kernels.prepare(random_matrix(case), "mosaic_gpu") for case in todo}
+    shapes = {case: jax.ShapeDtypeStruct((case.k, case.n), case.dtype) for case in todo}
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-        for i in range(0, len(todo), 8):
+        # XLA tries its dense kernels while it compiles them: before anything is measured.
+        dense = {
+            case: [pool.submit(build, f, jax.ShapeDtypeStruct((case.m, case.k), case.dtype), shapes[case], None)
+                   for f in tune.dense_products("forward")]
+            for case in todo
+        }  # fmt: skip
+        dense = {case: [future.result() for future in futures] for case, futures in dense.items()}
+        compiled = {
+            case: {
+                c: pool.submit(build, c.product, matrices[case], shapes[case])
+                for c in candidates(case, matrices[case], arguments.search)
+            }
+            for case in todo
+        }
+        for case in todo:
             if time.monotonic() - started > 60 * arguments.minutes:
                 break
-            built = list(pool.map(lambda case: compiled(case, arguments.search), todo[i : i + 8]))
-            for case, (candidates, dense) in zip(todo[i : i + 8], built, strict=True):
-                record = measure(case, candidates, dense)
-                results["records"].append(record)
-                results["date"] = datetime.datetime.now(datetime.UTC).date().isoformat()
-                arguments.out.parent.mkdir(parents=True, exist_ok=True)
-                arguments.out.write_text(json.dumps(results, indent=1) + "\n")
-                print(f"{case}: {record['time_us']:.2f} us, {record['speedup']:.2f} times dense", flush=True)
-                for entry in record.get("best", ()):
-                    print(f"    {entry['time_us']:.2f} {entry['kernels']} {entry['config']}", flush=True)
+            records = measure(case, matrices.pop(case), compiled.pop(case), dense[case])
+            results["records"] += records
+            results["date"] = datetime.datetime.now(datetime.UTC).date().isoformat()
+            arguments.out.parent.mkdir(parents=True, exist_ok=True)
+            arguments.out.write_text(json.dumps(results, indent=1) + "\n")
+            print(f"{case}: dense {records[0]['dense_time_us']:.1f} us", flush=True)
+            for r in sorted(records, key=lambda r: r["time_us"] or 1e9):
+                print(
+                    f"    {r['time_us'] or 0:8.2f} {r['implementation']} {r['label']} {r.get('error', '')}", flush=True
+                )
+        pool.shutdown(cancel_futures=True)
 
 
 if __name__ == "__main__":

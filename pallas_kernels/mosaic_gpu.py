@@ -1,27 +1,24 @@
 """Row-grouped products and dValues as Pallas-Mosaic kernels for Hopper GPUs; everything else is Triton's."""
 
 import functools
-import importlib
-from types import ModuleType
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels import configs, triton, triton_tiles
+from pallas_kernels import configs, hopper, mosaic_gpu_two_four, triton, triton_tiles
+from pallas_kernels.mosaic_gpu_two_four import forward_two_four as forward_two_four
+from pallas_kernels.mosaic_gpu_two_four import grad_values_two_four as grad_values_two_four
+from pallas_kernels.mosaic_gpu_two_four import prepare_two_four as prepare_two_four
 from pallas_kernels.row_grouped import RowGrouped, Topology
 
-GROUP_SIZES = (64, 128, 256)
 FEWEST_TOKENS = 257  # with fewer, most of a tile would be padding
 MULTIPROCESSORS = 132  # of an H100 and an H200
 BUSY = 0.9  # of them with a tile are enough
 KERNELS: dict[str, str] = {"forward": "mosaic_gpu_forward", "grad_values": "mosaic_gpu_grad"}
 ADDS = True  # `forward` takes an addend
-HOPPER = ("H100", "H20", "H800")  # what the names of these GPUs hold: GH200 and H200 too
 
 grad_input = triton.grad_input
-grad_values_two_four = triton.grad_values_two_four
 
 
 def prepare(matrix):
@@ -30,7 +27,7 @@ def prepare(matrix):
     Raises:
         NotImplementedError: a group size or dtype the kernel does not do.
     """
-    check(matrix.topology, matrix.dtype)
+    hopper.check(matrix.topology, matrix.dtype)
     return triton.prepare(matrix)
 
 
@@ -51,7 +48,7 @@ def forward(matrix, x, bias, *, activation, layout, precision, addend=None, conf
         NotImplementedError: the matrix, the number of tokens, the GPU or the version of JAX is none the kernel does.
     """
     del precision
-    check(matrix.topology, x.dtype)
+    hopper.check(matrix.topology, x.dtype)
     if layout == "token_major":
         x, addend = x.T, None if addend is None else addend.T
     n = x.shape[1]
@@ -69,8 +66,8 @@ def call(matrix, ids, x, bias, addend, *, activation, config, window=None):
     Raises:
         NotImplementedError: the config, the matrix, the GPU or the version of JAX is none the kernel does.
     """
-    topology, kernel = matrix.topology, load_kernel()
-    used = config.shared_memory(topology.group_size, ids.size // topology.num_slots)
+    topology, kernel = matrix.topology, hopper.kernel()
+    used = config.shared_memory(topology.group_size, id_words=ids.size // topology.num_slots)
     if used > kernel.SHARED_MEMORY:
         raise NotImplementedError(f"{config} takes {used} bytes of shared memory")
     if not triton_tiles.is_aligned(topology, kernel.BLOCK_K):
@@ -78,10 +75,11 @@ def call(matrix, ids, x, bias, addend, *, activation, config, window=None):
     product = functools.partial(
         kernel.product,
         m=topology.m,
+        n=x.shape[1] if window is None else window.positions * x.shape[1],
         segments=topology.segments,
         activation=activation,
         config=config,
-        multiprocessors=multiprocessors(),
+        multiprocessors=hopper.multiprocessors(),
         window=window,
     )
     args = (matrix.values, ids, topology.rows, x)
@@ -90,11 +88,6 @@ def call(matrix, ids, x, bias, addend, *, activation, config, window=None):
     return jax.custom_batching.sequential_vmap(lambda args, optional: product(*args, **({"bias": None} | optional)))(
         args, optional
     )
-
-
-def forward_two_four(matrix, x, bias, *, activation, layout, precision):
-    """Raises NotImplementedError: this backend has no kernel for 2:4."""
-    raise NotImplementedError("the Mosaic kernel does no 2:4")
 
 
 def grad_values(
@@ -118,11 +111,11 @@ def grad_values(
     if config is None:
         return triton.grad_values(topology, x, dy, layout="feature_major", precision=precision)
     product = functools.partial(
-        load_kernel("mosaic_gpu_grad").product,
+        hopper.kernel("mosaic_gpu_grad").product,
         count=topology.max_count,
         group_size=topology.group_size,
         config=config,
-        multiprocessors=multiprocessors(),
+        multiprocessors=hopper.multiprocessors(),
     )
     # Slices of a batch run one after the other: each fills the GPU.
     return jax.custom_batching.sequential_vmap(lambda *args: product(*args))(
@@ -134,7 +127,7 @@ def _config_of_values(topology: Topology, problem: configs.Problem) -> Any:
     """The config for dValues, None where Triton's kernel has to be taken or is faster."""
     padded = topology.counts is not None or topology.num_groups * topology.group_size != topology.m
     try:
-        count, device = multiprocessors(), triton_tiles.device_kind()
+        count, device = hopper.multiprocessors(), triton_tiles.device_kind()
     except NotImplementedError:
         return None
     if padded or not topology.equal_counts or not can(problem):
@@ -144,7 +137,7 @@ def _config_of_values(topology: Topology, problem: configs.Problem) -> Any:
 
 def heuristic(group_size: int, tokens: int):
     """The config for a group size and a number of tokens; measured, see docs/kernels.md."""
-    kernel = load_kernel()
+    kernel = hopper.kernel()
     if group_size == 256:
         return kernel.Config(block_tokens=128, split="rows", band=4)
     if group_size == 128:
@@ -160,38 +153,38 @@ def tuned(problem: configs.Problem, device: str | None) -> Any:
     if entry is None:
         return search_space(problem)[0]
     fields = entry["config"] | {"registers": tuple(entry["config"]["registers"])}
-    return load_kernel(KERNELS[problem.op]).Config(**fields)
+    return hopper.kernel(KERNELS[problem.op]).Config(**fields)
 
 
 def can(problem: configs.Problem) -> bool:
     """Whether this version of JAX has a kernel for a problem, on a Hopper GPU and for a matrix that fits it."""
     try:
-        load_kernel()
+        hopper.kernel()
     except NotImplementedError:
         return False
     step = {"forward": triton_tiles.VECTOR, "grad_values": 64}.get(problem.op)
     whole = step is not None and problem.n >= FEWEST_TOKENS and problem.n % step == 0
-    return whole and problem.group_size in GROUP_SIZES and problem.itemsize == 2 and problem.slots > 0
+    return whole and problem.group_size in hopper.GROUP_SIZES and problem.itemsize == 2 and problem.slots > 0
 
 
 def search_space(problem: configs.Problem) -> tuple[Any, ...]:
     """The configs a tuner measures for a problem, the heuristic's first; none for what the kernels cannot do."""
     if not can(problem):
         return ()
-    kernel, v = load_kernel(KERNELS[problem.op]), problem.group_size
+    kernel, v = hopper.kernel(KERNELS[problem.op]), problem.group_size
     if problem.op == "grad_values":
         shapes = {64: [(512, 3), (256, 5), (128, 8)], 128: [(256, 4), (128, 6)], 256: [(128, 4)]}[v]
         found = [kernel.Config(block_slots=slots, stages=stages) for slots, stages in shapes]
         found.sort(key=lambda c: _tiles(problem, c) < MULTIPROCESSORS)  # large tiles, if there are enough of them
         return tuple(found)
     shapes = {
-        64: [(512, 3, "tokens", 1), (512, 3, "tokens", 4), (256, 5, "tokens", 4)],
-        128: [(256, 4, "rows", 1), (256, 4, "rows", 4), (128, 6, "rows", 4)],
-        256: [(128, 4, "rows", 1), (128, 4, "rows", 4)],
+        64: [(512, 3, "tokens", 1, False), (256, 5, "tokens", 4, False), (256, 4, "tokens", 4, True)],
+        128: [(256, 4, "rows", 1, False), (256, 4, "rows", 4, False), (256, 3, "rows", 4, True)],
+        256: [(128, 4, "rows", 1, False), (128, 4, "rows", 4, False), (128, 3, "rows", 4, True)],
     }[v]
     found = [heuristic(v, problem.n)] + [
-        kernel.Config(block_tokens=tokens, stages=stages, split=split, band=band, cluster=cluster)
-        for tokens, stages, split, band in shapes
+        kernel.Config(tokens, stages=stages, split=split, band=band, staged=staged, cluster=cluster)
+        for tokens, stages, split, band, staged in shapes
         for cluster in (1, 2)
     ]
     return tuple(dict.fromkeys(found))
@@ -206,12 +199,14 @@ def _tiles(problem: configs.Problem, config: Any) -> int:
 
 
 def pays(matrix: RowGrouped, x: jax.Array, layout: str) -> bool:
-    """Whether this kernel is faster than Triton's for a product; see `is_faster`."""
+    """Whether a kernel here is faster than Triton's for a product; see `is_faster`."""
+    if matrix.topology.pairs is not None:
+        return mosaic_gpu_two_four.pays(matrix, x, layout)
     n = x.shape[0 if layout == "token_major" else 1]
     x_shape = jax.ShapeDtypeStruct((matrix.topology.k, n), x.dtype)
     problem = triton_tiles.problem("forward", matrix.topology, x_shape)
     try:
-        return can(problem) and is_faster(problem, triton_tiles.device_kind(), multiprocessors())
+        return can(problem) and is_faster(problem, triton_tiles.device_kind(), hopper.multiprocessors())
     except NotImplementedError:
         return False
 
@@ -226,36 +221,3 @@ def is_faster(problem: configs.Problem, device: str | None, count: int = MULTIPR
     if entry is not None:
         return entry["time_us"] < entry["triton_time_us"]
     return _tiles(problem, search_space(problem)[0]) >= BUSY * count
-
-
-def load_kernel(name: str = "mosaic_gpu_forward") -> ModuleType:
-    """A kernel's module, imported when it is needed: other versions of JAX may lack what it imports."""
-    try:
-        return importlib.import_module(f"pallas_kernels.{name}")
-    except ImportError as error:
-        raise NotImplementedError(f"the Mosaic kernel needs another version of JAX: {error}") from error
-
-
-def check(topology, dtype) -> None:
-    """Raises NotImplementedError for what the kernel cannot do, whatever the tokens and the GPU."""
-    triton_tiles.check(topology, dtype)
-    if topology.group_size not in GROUP_SIZES:
-        raise NotImplementedError(f"the Mosaic kernel needs groups of {GROUP_SIZES} rows, got {topology.group_size}")
-    if jnp.dtype(dtype).itemsize != 2:
-        raise NotImplementedError(f"the Mosaic kernel computes in bfloat16 and float16, got {jnp.dtype(dtype).name}")
-
-
-def multiprocessors() -> int:
-    """How many multiprocessors the Hopper GPU has that is lowered for; NotImplementedError for another or none."""
-    device = jax.sharding.get_abstract_mesh().abstract_device
-    if device is not None:
-        kind, count = device.device_kind, device.num_cores
-    else:
-        try:
-            gpu = jax.devices("cuda")[0]
-        except RuntimeError as error:
-            raise NotImplementedError("the Mosaic kernel needs a Hopper GPU") from error
-        kind, count = gpu.device_kind, gpu.core_count
-    if count is None or not any(name in kind for name in HOPPER):
-        raise NotImplementedError(f"the Mosaic kernel needs a Hopper GPU, got {kind}")
-    return count

@@ -4,7 +4,7 @@ The product of `pallas_kernels.mosaic_gpu` with another gather: it addresses the
 `pallas_kernels.triton_conv` does. With one tap for each pixel it is that product. Derivatives are Triton's.
 """
 
-from pallas_kernels import mosaic_gpu, triton_conv, triton_tiles
+from pallas_kernels import hopper, mosaic_gpu, triton_conv, triton_tiles
 
 grad_input = triton_conv.grad_input
 grad_values = triton_conv.grad_values
@@ -31,7 +31,7 @@ def forward(matrix, x, bias, *, window, activation, precision, addend=None, conf
     """
     del precision
     topology, batch = matrix.topology, x.shape[-1]
-    mosaic_gpu.check(topology, x.dtype)
+    hopper.check(topology, x.dtype)
     triton_conv.check_window(window)
     if batch == 0 or batch % triton_tiles.VECTOR:
         raise NotImplementedError(f"the Mosaic kernel needs images in multiples of 8, got {batch}")
@@ -50,10 +50,10 @@ def forward_two_four(matrix, x, bias, **kwargs):
 
 def heuristic(topology, window, batch: int):
     """The config for some filters and images; measured, see docs/kernels.md."""
-    kernel, v = mosaic_gpu.load_kernel(), topology.group_size
+    kernel, v = hopper.kernel(), topology.group_size
     if v == 256:
         return mosaic_gpu.heuristic(v, mosaic_gpu.FEWEST_TOKENS)
-    multiprocessors = mosaic_gpu.multiprocessors()
+    multiprocessors = hopper.multiprocessors()
     narrow, wide = (-(-_tiles(topology, window, batch, tokens) // multiprocessors) for tokens in (128, 256))
     small = NARROW * narrow < wide
     if v == 128:
@@ -68,7 +68,7 @@ def heuristic(topology, window, batch: int):
 def pays(matrix, x, window) -> bool:
     """Whether this kernel is faster than Triton's: with several taps, or enough tiles to make up for its slow start."""
     try:
-        tiles, multiprocessors = _tiles(matrix.topology, window, x.shape[-1], 128), mosaic_gpu.multiprocessors()
+        tiles, multiprocessors = _tiles(matrix.topology, window, x.shape[-1], 128), hopper.multiprocessors()
     except NotImplementedError:
         return False
     return tiles >= 3 * multiprocessors if window.kernel == (1, 1) else 4 * tiles >= multiprocessors

@@ -1,12 +1,13 @@
 """The forward product as a Pallas-Mosaic kernel for Hopper: one producer warpgroup gathers, two consumers multiply.
 
-A program works on one tile after the other: the rows of a group times some tokens. A step of a tile takes `BLOCK_K`
+A program works on one tile after the other: the rows of a group times some tokens. A step of a tile takes some
 slots through a ring of stages in shared memory. docs/kernels.md draws the pipeline.
 """
 
 import dataclasses
 import functools
 import heapq
+import math
 from typing import Literal
 
 import jax
@@ -17,9 +18,11 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import mosaic_gpu_ptx as ptx
+from pallas_kernels import mosaic_gpu_sparse as sparse
+from pallas_kernels.triton_two_four import WORD
 from pallas_kernels.windows import Window
 
-BLOCK_K = 64  # slots of a step: what one row of a swizzled tile holds along K
+BLOCK_K = 64  # slots of the shortest step: what one row of a swizzled tile holds along K
 SHARED_MEMORY = 227 * 1024 - 2048  # bytes for the stages and the ring of ids; barriers and alignment take the rest
 WARPGROUPS = 3
 MOST_EARLY = 64 * 128  # numbers of an accumulator beside which an addend fits twice into the registers
@@ -40,6 +43,9 @@ class Config:
         band: token tiles that programs side by side share: the tiles of `band` token tiles are dealt out group by
             group before the next band begins. Ragged groups are dealt heaviest first, whatever the band.
         registers: of a thread of the consumers and of the producer; (2 a + b) <= 512 - 8 in multiples of 8.
+        block_k: slots of a step, a multiple of `BLOCK_K`.
+        staged: whether a finished tile leaves through shared memory, row by row and by itself, while the products of
+            the next one run; else its registers are stored, and no product runs meanwhile.
         cluster: programs that work on neighbouring token tiles of a group at the same time and fetch its values once.
     """
 
@@ -50,29 +56,49 @@ class Config:
     persistent: bool = True
     band: int = 1
     registers: tuple[int, int] = (216, 72)
+    block_k: int = BLOCK_K
+    staged: bool = False
     cluster: int = 1
 
-    def shared_memory(self, group_size: int, id_words: int = 1) -> int:
-        """Bytes of the stages and the ring of column ids, which are so many words of four bytes each."""
-        tiles = self.stages * BLOCK_K * (group_size + self.block_tokens) * 2
-        return tiles + (self.stages + self.ahead) * BLOCK_K * id_words * 4
+    def shared_memory(self, group_size: int, packed: bool = False, id_words: int = 1) -> int:
+        """Bytes of the stages and the ring of column ids, which are so many words of four bytes each.
+
+        A packed step has half the values and words of positions.
+        """
+        weights = group_size + 2 * group_size // WORD if packed else 2 * group_size
+        slot = self.stages * (weights + 2 * self.block_tokens) + 4 * id_words * (self.stages + self.ahead)
+        return slot * self.block_k + self.staged * 2 * 2 * math.prod(self.staging(group_size))
+
+    def part(self, group_size: int) -> tuple[int, int]:
+        """The rows and tokens of a tile that one consumer computes."""
+        if self.split == "rows":
+            return group_size // 2, self.block_tokens
+        return group_size, self.block_tokens // 2
+
+    def staging(self, group_size: int) -> tuple[int, int]:
+        """A part with 16 bytes between its rows, so that they lie in different banks."""
+        rows, tokens = self.part(group_size)
+        return rows, tokens + 8
 
 
 @functools.lru_cache(maxsize=256)
-def schedule(segments: tuple[tuple[int, int], ...], token_tiles: int, programs: int, band: int) -> np.ndarray:
+def schedule(
+    segments: tuple[tuple[int, int], ...], token_tiles: int, programs: int, band: int, block_k: int = BLOCK_K
+) -> np.ndarray:
     """Deals the tiles of a product out to programs.
 
     Args:
-        segments: ((groups, slots), ...), the segment lengths in the order of the groups, multiples of `BLOCK_K`.
+        segments: ((groups, slots), ...), the segment lengths in the order of the groups, multiples of `block_k`.
         token_tiles: tiles along the tokens.
         programs: how many programs there are, at most one per tile.
         band: see `Config`.
+        block_k: see `Config`.
 
     Returns:
         (programs, 1 + longest + 1, 4) int32. The first row of a program is (number of tiles, 0, 0, 0); a row for each
-        of its tiles follows, (first slot / `BLOCK_K`, steps, group, token tile), those without steps last, then zeros.
+        of its tiles follows, (first slot / `block_k`, steps, group, token tile), those without steps last, then zeros.
     """
-    steps = np.repeat([slots // BLOCK_K for _, slots in segments], [groups for groups, _ in segments])
+    steps = np.repeat([slots // block_k for _, slots in segments], [groups for groups, _ in segments])
     first = np.concatenate([[0], np.cumsum(steps)])
     bands = [range(start, min(start + band, token_tiles)) for start in range(0, token_tiles, band)]
     order = [(group, n) for tiles in bands for group in range(len(steps)) for n in tiles]
@@ -97,53 +123,58 @@ def schedule(segments: tuple[tuple[int, int], ...], token_tiles: int, programs: 
 
 
 def product(
-    values, columns, rows, x, bias, addend=None,
-    *, m, segments, activation, config: Config, multiprocessors: int, window: Window | None = None,
+    values, columns, rows, x, bias, words=None, addend=None,
+    *, m, n, segments, activation, config: Config, multiprocessors: int, sentinels: bool = False,
+    window: Window | None = None,
 ):  # fmt: skip
     """Computes activation(W x + bias + addend), feature-major; a convolution has x as `ptx.gather` reads it.
 
     Args:
-        values: (P, V) bfloat16 or float16, V = 64, 128 or 256.
+        values: (P, V) bfloat16 or float16, V = 64, 128 or 256; (P / 2, V) with `words`.
         columns: (P,) int32 in 0..K-1; with a window the ids of `ptx.gather`, flat.
         rows: (R * V,) int32.
-        x: (K, N) of the values' dtype, N a multiple of 8; with a window (C H W, B), B a multiple of 8.
+        x: (K, N) of the values' dtype, N rounded up to a multiple of 8; with a window (C H W, B), B a multiple of 8.
         bias: (M,) of the same dtype, or None.
+        words: None, or the positions of packed 2:4 values, (P / 16, V) uint16 as `pairs.words` makes them.
         addend: (M, N) of the same dtype, or None.
         m: M.
+        n: N.
         segments: as in `schedule`.
         activation: see `matmul`.
         config: a legal config.
         multiprocessors: of the GPU.
+        sentinels: whether a column may be K; it then stands for an input of zeros.
         window: the geometry of a convolution, or None.
 
     Returns:
         (M, N) of the values' dtype.
     """
-    c, v, n = config, values.shape[1], x.shape[1] if window is None else window.positions * x.shape[1]
-    id_words = columns.size // values.shape[0]
+    c, v, packed = config, values.shape[1], words is not None
+    id_words = 1 if packed else columns.size // values.shape[0]
     # A cluster counts as one program here, and what it works on as one tile.
     groups, token_tiles = sum(count for count, _ in segments), pl.cdiv(n, c.block_tokens * c.cluster)
     tiles = groups * token_tiles
     programs = min(multiprocessors // c.cluster, tiles) if c.persistent else tiles
-    work = schedule(segments, token_tiles, programs, max(1, c.band // c.cluster))
+    work = schedule(segments, token_tiles, programs, max(1, c.band // c.cluster), c.block_k)
     body = functools.partial(
-        _body, config=c, v=v, m=m, n=n, width=work.shape[1], has_bias=bias is not None, activation=activation,
-        id_words=id_words, window=window, has_addend=addend is not None,
+        _body, config=c, v=v, m=m, n=n, width=work.shape[1], has_bias=bias is not None, packed=packed,
+        has_addend=addend is not None, sentinels=sentinels, id_words=id_words, window=window, activation=activation,
     )  # fmt: skip
-    tiled = _transforms()
-    ring = c.stages + c.ahead
+    staged, ring = c.staged and n % 8 == 0, c.stages + c.ahead
     call = plgpu.kernel(
         body,
         out_type=jax.ShapeDtypeStruct((m, n), x.dtype),
         scratch_types=(
-            plgpu.SMEM((c.stages, BLOCK_K, v), x.dtype, transforms=tiled),
-            plgpu.SMEM((c.stages, BLOCK_K, c.block_tokens), x.dtype, transforms=tiled),
-            plgpu.SMEM((ring, BLOCK_K * id_words), jnp.int32),
+            plgpu.SMEM((c.stages, c.block_k // 2 if packed else c.block_k, v), x.dtype, transforms=_tiled(v)),
+            plgpu.SMEM((c.stages, c.block_k, c.block_tokens), x.dtype, transforms=_tiled(c.block_tokens)),
+            plgpu.SMEM((ring, c.block_k * id_words), jnp.int32),
             plgpu.SMEM((2 * c.stages,), jnp.int32),  # the gather's own barriers, 8 bytes each
-            plgpu.Barrier(num_barriers=c.stages),
+            plgpu.Barrier(num_barriers=c.stages, num_arrivals=2 if packed else 1),
             plgpu.Barrier(num_barriers=ring),
-            # A stage is free when the consumers of the whole cluster have left it: values arrive everywhere at once.
+            # A stage is free when the consumers of the whole cluster have left it: weights arrive everywhere at once.
             plgpu.ClusterBarrier(collective_axes=("block",), num_barriers=c.stages, num_arrivals=2),
+            [plgpu.SMEM((c.stages, c.block_k // WORD, v), jnp.uint16, transforms=_tiled(v, 4))] if packed else [],
+            [plgpu.SMEM((2, *c.staging(v)), x.dtype)] if staged else [],
         ),
         grid=(programs,),
         grid_names=("program",),
@@ -158,12 +189,13 @@ def product(
         ),
     )
     args = [values, columns, rows, jnp.asarray(work.reshape(-1)), x]
-    return call(*args, *(a for a in (bias, addend) if a is not None))
+    return call(*args, *(a for a in (bias, addend, words) if a is not None))
 
 
-def _transforms():
-    """How operand tiles lie in shared memory: 8 rows of 128 bytes to a tile, swizzled."""
-    return (plgpu.TilingTransform((8, BLOCK_K)), plgpu.SwizzleTransform(128))
+def _tiled(width: int, rows: int = 8):
+    """How two-byte operands lie in shared memory: some rows of up to 128 bytes to a tile, swizzled."""
+    row = min(2 * width, 128)
+    return (plgpu.TilingTransform((rows, row // 2)), plgpu.SwizzleTransform(row))
 
 
 def _inline(function, *arg_types, result=None):
@@ -180,11 +212,12 @@ def _activate(activation, y):
 
 def _body(
     values, columns, rows, work, x, *refs,
-    config, v, m, n, width, has_bias, has_addend, activation, id_words, window,
+    config, v, m, n, width, has_bias, has_addend, packed, sentinels, id_words, window, activation,
 ):  # fmt: skip
     bias, refs = (refs[0], refs[1:]) if has_bias else (None, refs)
     addend, refs = (refs[0], refs[1:]) if has_addend else (None, refs)
-    y, a_tiles, b_tiles, ids, gathered, a_full, ids_full, empty = refs
+    words, refs = (refs[0], refs[1:]) if packed else (None, refs)
+    y, a_tiles, b_tiles, ids, gathered, a_full, ids_full, empty, word_tiles, staging = refs
     c = config
     program, block, warpgroup = lax.axis_index("program"), lax.axis_index("block"), lax.axis_index("warpgroup")
     plain, splat = plgpu.RefType(), plgpu.Layout.WG_SPLAT
@@ -199,17 +232,25 @@ def _body(
     @pl.when(warpgroup == 2)
     def _produce():
         plgpu.set_max_registers(c.registers[1], action="decrease")
-        _producer(values, columns, x, a_tiles, b_tiles, ids, gathered, a_full, ids_full, empty,
-                  entry=entry, count=count, config=c, n=n, id_words=id_words, window=window)  # fmt: skip
+        copies = [(values, a_tiles), (words, *word_tiles)] if packed else [(values, a_tiles)]
+        _producer(copies, columns, x, b_tiles, ids, gathered, a_full, ids_full, empty,
+                  entry=entry, count=count, config=c, n=n, sentinels=sentinels, id_words=id_words,
+                  window=window)  # fmt: skip
 
     @pl.when(warpgroup < 2)
     def _consume():
         plgpu.set_max_registers(c.registers[0], action="increase")
-        height, wide = (v // 2, c.block_tokens) if c.split == "rows" else (v, c.block_tokens // 2)
+        height, wide = c.part(v)
         rows_first, tokens_first = (height, 0) if c.split == "rows" else (0, wide)
         row_layout = plgpu.Layout.WGMMA.reduce(1)
-        store = functools.partial(ptx.store_rows, m=m, tokens=n)
         wait = _inline(functools.partial(ptx.wait, stages=c.stages), plain, splat)
+        registers, shape = plgpu.Layout._WGMMA_ACC_32BIT, (height, wide)
+        running = plgpu.ShapeDtypeStruct(shape, jnp.float32, layout=registers)
+        finished = plgpu.ShapeDtypeStruct(shape, jnp.float32, layout=plgpu.Layout.WGMMA)
+        zeros = _inline(functools.partial(sparse.zeros, shape=shape, layout=registers), result=running)
+        refs = (plgpu.RefType(transforms) for transforms in (_tiled(v), _tiled(v, 4), _tiled(c.block_tokens)))
+        issue = _inline(sparse.multiply, registers, *refs, result=running)
+        drain = _inline(sparse.drain, registers, result=finished)
 
         def of_rows(dtype):
             return plgpu.ShapeDtypeStruct((height,), dtype, layout=row_layout)
@@ -244,33 +285,46 @@ def _body(
             next_targets, after_next = targets_of(next_group), header(i + 2)
             next_added = added_to(next_targets, next_tile) if early else None
 
-            def accumulate(acc):
+            def operands(now):
+                """This consumer's part of a step's tiles, when they have arrived."""
+                slot = lax.rem(now, c.stages)
+                plgpu.barrier_wait(a_full.at[slot])
+                wait(gathered, now)
+                own_rows, own_tokens = pl.ds(warpgroup * height, height), pl.ds(warpgroup * wide, wide)
+                if c.split == "rows":
+                    return [t.at[slot, :, own_rows] for t in (a_tiles, *word_tiles)], b_tiles.at[slot]
+                return [t.at[slot] for t in (a_tiles, *word_tiles)], b_tiles.at[slot, :, own_tokens]
+
+            def release(now):
+                plgpu.barrier_arrive(empty.at[lax.rem(now, c.stages)])
+
+            def multiply_dense(acc):
                 def one(k, _):
-                    now = step + k
-                    slot = lax.rem(now, c.stages)
-                    plgpu.barrier_wait(a_full.at[slot])
-                    wait(gathered, now)
-                    if c.split == "rows":
-                        a, b = a_tiles.at[slot, :, pl.ds(warpgroup * height, height)], b_tiles.at[slot]
-                    else:
-                        a, b = a_tiles.at[slot], b_tiles.at[slot, :, pl.ds(warpgroup * wide, wide)]
+                    (a,), b = operands(step + k)
                     plgpu.wgmma(acc, a.transpose((1, 0)), b)
                     plgpu.wgmma_wait(1)  # all but the one just issued
-
-                    @pl.when(k > 0)
-                    def _release():
-                        plgpu.barrier_arrive(empty.at[lax.rem(now - 1, c.stages)])
+                    pl.when(k > 0)(lambda: release(step + k - 1))
 
                 lax.fori_loop(0, steps, one, None)
                 plgpu.wgmma_wait(0)
-
-                @pl.when(steps > 0)
-                def _release_last():
-                    plgpu.barrier_arrive(empty.at[lax.rem(step + steps - 1, c.stages)])
-
+                pl.when(steps > 0)(lambda: release(step + steps - 1))
                 return acc[...]
 
-            out = pl.run_scoped(accumulate, plgpu.ACC((height, wide), jnp.float32))
+            def multiply_sparse():
+                def one(k, acc):
+                    (a, positions), b = operands(step + k)
+                    acc = issue(acc, a, positions, b)  # waits for all that was issued before
+                    pl.when(k > 0)(lambda: release(step + k - 1))
+                    return acc
+
+                acc = drain(lax.fori_loop(0, steps, one, zeros()))
+                pl.when(steps > 0)(lambda: release(step + steps - 1))
+                return acc
+
+            if packed:
+                out = multiply_sparse()
+            else:
+                out = pl.run_scoped(multiply_dense, plgpu.ACC((height, wide), jnp.float32))
             next_offsets = offsets_of(next_targets)
             if has_bias:
                 out = out + lax.broadcast_in_dim(offsets, (height, wide), (0,))
@@ -280,7 +334,9 @@ def _body(
                 added = _inline(ptx.exchange_rows, plgpu.Layout.WGMMA, result=loaded)(added)
                 out = out + added.astype(jnp.float32)
             out = _activate(activation, out).astype(x.dtype)
-            _inline(store, plain, plgpu.Layout.WGMMA, row_layout, splat)(y, out, targets, first_token)
+            store = functools.partial(ptx.stage_rows if staging else ptx.store_rows, m=m, tokens=n)
+            kinds = plain, plgpu.Layout.WGMMA, row_layout, splat, *(plain for _ in staging)
+            _inline(store, *kinds)(y, out, targets, first_token, *(part.at[warpgroup] for part in staging))
             return step + steps, next_steps, next_tile, next_targets, next_offsets, next_added, after_next
 
         steps, group, token_tile = header(0)
@@ -288,20 +344,24 @@ def _body(
         added = added_to(targets, token_tile) if early else None
         carry = jnp.int32(0), steps, token_tile, targets, offsets_of(targets), added, header(1)
         lax.fori_loop(0, count, multiply, carry)
+        if staging:
+            _inline(ptx.finish_rows)()
 
 
 def _producer(
-    values, columns, x, a_tiles, b_tiles, ids, gathered, a_full, ids_full, empty,
-    *, entry, count, config, n, id_words, window,
+    copies, columns, x, b_tiles, ids, gathered, a_full, ids_full, empty,
+    *, entry, count, config, n, sentinels, id_words, window,
 ):  # fmt: skip
+    """Fills the ring, tile after tile: by TMA from every (source, tiles) in `copies`, and by the gather."""
     c = config
     ring = c.stages + c.ahead
     plain, splat = plgpu.RefType(), plgpu.Layout.WG_SPLAT
     gather = _inline(
         functools.partial(
-            ptx.gather, tokens=n, block_k=BLOCK_K, block_tokens=c.block_tokens, first=2 * ptx.WARPGROUP, window=window
+            ptx.gather, tokens=x.shape[1] if window is None else n, block_k=c.block_k, block_tokens=c.block_tokens,
+            first=2 * ptx.WARPGROUP, sentinel=x.shape[0] if sentinels else None, window=window,
         ),
-        plain, plain, plgpu.RefType(_transforms()), plain, splat, splat,
+        plain, plain, plgpu.RefType(_tiled(c.block_tokens)), plain, splat, splat,
     )  # fmt: skip
 
     def fetch_ids(step, cursor):
@@ -311,7 +371,7 @@ def _producer(
 
         @pl.when(left > 0)
         def _copy():
-            some = pl.ds(block * BLOCK_K * id_words, BLOCK_K * id_words)
+            some = pl.ds(block * c.block_k * id_words, c.block_k * id_words)
             plgpu.copy_gmem_to_smem(columns.at[some], ids.at[place], ids_full.at[place])
 
         # Behind the last tile a row of zeros ends it: no steps left, and never exactly one again.
@@ -320,6 +380,13 @@ def _producer(
             lambda: (tile + 1, entry(tile + 1, 0), entry(tile + 1, 1)),
             lambda: (tile, block + 1, left - 1),
         )
+
+    def copy_weights(step, block):
+        slot = lax.rem(step, c.stages)
+        for source, tiles in copies:
+            rows = tiles.shape[1]
+            piece = source.at[pl.ds(block * rows, rows)]
+            plgpu.copy_gmem_to_smem(piece, tiles.at[slot], a_full.at[slot], collective_axes="block")
 
     def tile(i, carry):
         block, steps, token_tile = entry(i, 0), entry(i, 1), entry(i, 3)
@@ -332,8 +399,7 @@ def _producer(
             def _wait_for_room():
                 plgpu.barrier_wait(empty.at[slot])
 
-            slots = pl.ds((block + k) * BLOCK_K, BLOCK_K)
-            plgpu.copy_gmem_to_smem(values.at[slots], a_tiles.at[slot], a_full.at[slot], collective_axes="block")
+            pl.when(step >= early)(lambda: copy_weights(step, block + k))
             # The consumers are done with the step that used this place of the ring, so all threads have read it.
             cursor = fetch_ids(step + c.ahead, cursor)
             plgpu.barrier_wait(ids_full.at[place])
@@ -344,6 +410,9 @@ def _producer(
 
     cursor = jnp.int32(0), entry(0, 0), entry(0, 1)
     cursor = lax.fori_loop(0, c.ahead, fetch_ids, cursor)
+    # The first weights need not wait for the first ids.
+    early = jnp.minimum(entry(0, 1), c.stages)
+    lax.fori_loop(0, early, lambda k, _: copy_weights(k, entry(0, 0) + k), None)
     step, _ = lax.fori_loop(0, count, tile, (jnp.int32(0), cursor))
     for now in (step + i for i in range(c.stages)):  # nobody leaves while others have yet to arrive at its barriers
 

@@ -20,7 +20,7 @@ WARPGROUP = 128
 SQRT_2_PI = math.sqrt(2 / math.pi)
 CHUNK = 16  # bytes that one asynchronous copy moves: eight two-byte tokens
 ROWS_APART = 16  # of the rows that one thread copies 16 of 128 bytes of
-TILE_ROWS, TILE_BYTES = 8, 128  # the unit of the swizzled layout: rows of 128 bytes, eight to a tile
+TILE_ROWS, TILE_BYTES = 8, 128  # the unit of the swizzled layout: eight rows of up to 128 bytes to a tile
 
 
 def init_barriers(barriers, *, count: int, arrivals: int) -> None:
@@ -49,13 +49,14 @@ def wait(barriers, step, *, stages: int) -> None:
 
 
 def gather(
-    x, ids, tile, barriers, token_tile, slot,
-    *, tokens: int, block_k: int, block_tokens: int, first: int, window: Window | None = None,
+    x, ids, tile, barriers, token_tile, slot, *, tokens: int, block_k: int, block_tokens: int, first: int,
+    sentinel: int | None = None, window: Window | None = None,
 ) -> None:  # fmt: skip
     """Starts copying `block_k` rows of the right side, `block_tokens` wide, to shared memory.
 
     The warpgroup's threads share the 16-byte chunks: neighbours take neighbouring chunks of a row. A chunk lands where
-    the 128-byte swizzle puts it. When a thread's copies are done, they arrive on the barrier of the slot by themselves.
+    the swizzle of 128 bytes, or of narrower rows, puts it. When a thread's copies are done, they arrive on the barrier
+    of the slot by themselves.
 
     With a window the right side is that of a convolution, which is stored nowhere: a token is an output position and
     an image, a chunk eight images of one position, and zeros where a slot's tap falls outside of the image.
@@ -73,9 +74,11 @@ def gather(
         block_k: rows.
         block_tokens: tokens of a tile.
         first: index of the warpgroup's first thread in the program.
+        sentinel: an id that stands for a row of zeros, K; None where there is none.
         window: the geometry of a convolution, or None.
     """
-    chunks = block_tokens * 2 // CHUNK
+    # Eight tokens fill one chunk of a row. The others then keep what was there: nothing of it is ever stored.
+    chunks = max(1, WARPGROUP // block_k) if tokens == 8 else block_tokens * 2 // CHUNK
     rows_apart = WARPGROUP // chunks
     thread = arith.subi(_thread(), _i32(first))
     chunk, row = arith.remui(thread, _i32(chunks)), arith.divui(thread, _i32(chunks))
@@ -88,8 +91,9 @@ def gather(
         start, inside = _corner(token, window, batch)
         pitch, padded = batch * 2, window.is_padded
     source, target, ids = arith.addi(_global(x), start), _shared(tile), _shared(ids)
-    tiles_in_row = block_tokens * 2 // TILE_BYTES
-    tile_in_row, chunk_in_tile = arith.divui(chunk, _i32(8)), arith.remui(chunk, _i32(8))
+    row_bytes = min(block_tokens * 2, TILE_BYTES)
+    tiles_in_row, row_chunks = block_tokens * 2 // row_bytes, row_bytes // CHUNK
+    tile_in_row, chunk_in_tile = arith.divui(chunk, _i32(row_chunks)), arith.remui(chunk, _i32(row_chunks))
     rows = [arith.addi(row, _i32(rows_apart * i)) for i in range(block_k // rows_apart)]
     i32, i64 = ir.IntegerType.get_signless(32), ir.IntegerType.get_signless(64)
     for part in range(0, len(rows), 16):  # more ids at once would take too many registers
@@ -101,16 +105,20 @@ def gather(
         for r, column in zip(some, columns, strict=True):
             in_tile = arith.remui(r, _i32(TILE_ROWS))
             index = arith.addi(_mul(arith.divui(r, _i32(TILE_ROWS)), tiles_in_row), tile_in_row)
-            offset = arith.addi(_mul(index, TILE_ROWS * TILE_BYTES), _mul(in_tile, TILE_BYTES))
-            offset = arith.addi(offset, _mul(arith.xori(in_tile, chunk_in_tile), CHUNK))
-            place, live = arith.addi(target, offset), []
+            offset = arith.addi(_mul(index, TILE_ROWS * row_bytes), _mul(in_tile, row_bytes))
+            turn = arith.divui(in_tile, _i32(TILE_ROWS // row_chunks))
+            offset = arith.addi(offset, _mul(arith.xori(turn, chunk_in_tile), CHUNK))
+            place, size = arith.addi(target, offset), []  # bytes to read; the others of the 16 are zeros
             if padded:
                 bits, column = arith.trunci(i32, arith.shrui(column, _i64(32))), arith.trunci(i32, column)
                 met = arith.cmpi(arith.CmpIPredicate.eq, arith.andi(bits, inside), bits)
-                live = [arith.select(met, _i32(CHUNK), _i32(0))]  # bytes to read; the others of the 16 are zeros
+                size = [arith.select(met, _i32(CHUNK), _i32(0))]
+            elif sentinel is not None:
+                real = arith.cmpi(arith.CmpIPredicate.ult, column, _i32(sentinel))
+                column, size = arith.select(real, column, _i32(0)), [arith.select(real, _i32(CHUNK), _i32(0))]
             address = arith.addi(source, arith.muli(_wide(column), _i64(pitch)))
-            size = ", $2" if live else ""
-            _emit(f"cp.async.cg.shared.global [$0], [$1], {CHUNK}{size};", [place, address, *live])
+            copy = f"cp.async.cg.shared.global [$0], [$1], {CHUNK}" + (", $2;" if size else ";")
+            _emit(copy, [place, address, *size])
     barrier = _barrier(barriers, slot.registers.item())
     _emit("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [$0];", [barrier])
 
@@ -264,7 +272,8 @@ def store_rows(y, tile, rows, first_token, *, m: int, tokens: int) -> None:
     """Stores a (rows, tokens) two-byte tile, each row where `rows` says; rows and tokens out of range are dropped.
 
     A thread holds two neighbouring tokens of every eight. Four neighbouring threads exchange theirs, so that each has
-    eight tokens in a row to store at once, and the four together 64 bytes.
+    eight tokens in a row to store at once, and the four together 64 bytes. Tiles too narrow for that, and rows that do
+    not begin at whole 16 bytes, are stored by pairs or by single tokens.
 
     Args:
         y: (M, tokens) in global memory.
@@ -272,8 +281,11 @@ def store_rows(y, tile, rows, first_token, *, m: int, tokens: int) -> None:
         rows: from `stored_rows`.
         first_token: token of the tile's first column.
         m: M.
-        tokens: N, a multiple of 8.
+        tokens: N.
     """
+    if tile.shape[1] % 32 or tokens % 8:
+        _store_pairs(y, tile, rows, first_token, m=m, tokens=tokens)
+        return
     packed, quad = _words(tile), arith.remui(_thread(), _i32(4))
     for block, i, half, address, live in _runs(y, rows, first_token, tile.shape[1], m, tokens):
         words = _exchange(list(packed[block, i : i + 4, half]), quad)
@@ -362,6 +374,87 @@ def _load_words(address, live) -> list:
     kind, constraints = ir.Type.parse("!llvm.struct<(i32, i32, i32, i32)>"), "=&r,=&r,=&r,=&r,l,r"
     words: Any = llvm.inline_asm(kind, [address, live], load, constraints, asm_dialect=0, has_side_effects=True)
     return [llvm.extractvalue(i32, words, [i]) for i in range(4)]
+
+
+def stage_rows(y, tile, rows, first_token, staging, *, m: int, tokens: int) -> None:
+    """`store_rows` by way of shared memory: every row is copied from there by itself, beside what follows.
+
+    A warp waits until its rows of the tile before have left, then puts its own in place. Call `finish_rows` at the end.
+
+    Args:
+        y: as in `store_rows`.
+        tile: as in `store_rows`, some 16 tokens wide.
+        rows: as in `store_rows`.
+        first_token: as in `store_rows`.
+        staging: (rows, tokens + 8) in shared memory, for this warpgroup alone.
+        m: M.
+        tokens: N, a multiple of 8.
+    """
+    i32 = ir.IntegerType.get_signless(32)
+    height, width = tile.shape
+    packed = _words(tile)
+    pitch, base = (width + 8) * 2, _shared(staging)
+    thread = arith.remui(_thread(), _i32(WARPGROUP))
+    first_row, lane = _mul(arith.divui(thread, _i32(32)), 16), arith.remui(thread, _i32(32))
+    _emit("cp.async.bulk.wait_group.read 0;", [])
+    _emit("bar.warp.sync 0xffffffff;", [])
+    # Thread i says where row i % 8 of the i // 8-th of four 8 x 8 matrices goes: two above each other, twice.
+    row = arith.addi(first_row, arith.remui(lane, _i32(16)))
+    target = arith.addi(base, arith.addi(_mul(row, pitch), _mul(arith.divui(lane, _i32(16)), CHUNK)))
+    for block in range(height // 64):
+        for i in range(0, width // 8, 2):
+            words = [packed[block, i + j, half] for j in range(2) for half in range(2)]
+            address = arith.addi(target, _i32(block * 64 * pitch + i * CHUNK))
+            _emit("stmatrix.sync.aligned.m8n8.x4.shared.b16 [$0], {$1, $2, $3, $4};", [address, *words])
+    _emit("fence.proxy.async.shared::cta;", [])
+    _emit("bar.warp.sync 0xffffffff;", [])
+    # The first half of the warp's threads copy a row each. Who holds its number: thread 4 i, of the rows i and i + 8.
+    held = list(map(_scalar, rows.registers.flat))
+    holder, first_token = _mul(arith.remui(lane, _i32(8)), 4), first_token.registers.item()
+    upper = arith.cmpi(arith.CmpIPredicate.ult, arith.remui(lane, _i32(16)), _i32(8))
+    size = _mul(arith.minui(arith.subi(_i32(tokens), first_token), _i32(width)), 2)
+    for block in range(height // 64):
+        shuffle = "shfl.sync.idx.b32 $0, $1, $2, 31, 0xffffffff;"
+        candidates = [_emit(shuffle, [held[2 * block + half], holder], i32) for half in range(2)]
+        number = arith.select(upper, *candidates)
+        live = arith.andi(arith.cmpi(arith.CmpIPredicate.ult, number, _i32(m)),
+                          arith.cmpi(arith.CmpIPredicate.ult, lane, _i32(16)))  # fmt: skip
+        live = arith.andi(live, arith.cmpi(arith.CmpIPredicate.ult, first_token, _i32(tokens)))
+        source = arith.addi(base, _mul(arith.addi(row, _i32(64 * block)), pitch))
+        target = arith.addi(_global(y), arith.muli(_wide(number), _i64(tokens * 2)))
+        target = arith.addi(target, arith.muli(_wide(first_token), _i64(2)))
+        copy = "@live cp.async.bulk.global.shared::cta.bulk_group [$0], [$1], $2;"
+        copy = f"{{ .reg .pred live; setp.ne.b32 live, $3, 0; {copy} }}"
+        _emit(copy, [target, source, size, arith.extui(i32, live)])
+    _emit("cp.async.bulk.commit_group;", [])
+
+
+def finish_rows() -> None:
+    """Waits until all rows that `stage_rows` sent away have left."""
+    _emit("cp.async.bulk.wait_group 0;", [])
+
+
+def _store_pairs(y, tile, rows, first_token, *, m: int, tokens: int) -> None:
+    """`store_rows` without the exchange."""
+    i32 = ir.IntegerType.get_signless(32)
+    width = tile.shape[1]
+    packed = _words(tile)
+    token = arith.addi(first_token.registers.item(), _mul(arith.remui(_thread(), _i32(4)), 2))
+    stores = ["{ .reg .pred live; setp.ne.b32 live, $2, 0; @live st.global.b32 [$0], $1; }"]
+    if tokens % 2:
+        single = "{{ .reg .pred live; .reg .b16 low, high; setp.ne.b32 live, $2, 0; mov.b32 {{low, high}}, $1; "
+        single += "@live st.global.b16 [$0], {}; }}"
+        stores = [single.format("low"), single.format("high")]
+    for index, row in enumerate(map(_scalar, rows.registers.flat)):
+        block, half = divmod(index, 2)
+        live_row = arith.cmpi(arith.CmpIPredicate.ult, row, _i32(m))
+        start = arith.addi(_global(y), arith.muli(_wide(row), _i64(tokens * 2)))
+        for i in range(width // 8):
+            for j, store in enumerate(stores):
+                at = arith.addi(token, _i32(8 * i + j))
+                live = arith.andi(live_row, arith.cmpi(arith.CmpIPredicate.ult, at, _i32(tokens)))
+                address = arith.addi(start, arith.muli(_wide(at), _i64(2)))
+                _emit(store, [address, packed[block, i, half], arith.extui(i32, live)])
 
 
 def _exchange(words, quad):

@@ -12,7 +12,7 @@ from jax import lax
 from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
 
 import pallas_kernels as pk
-from pallas_kernels import mosaic_gpu, triton_conv, tune, windows, xla_conv
+from pallas_kernels import hopper, triton_conv, tune, windows, xla_conv
 from pallas_kernels.configs import Config
 
 H200 = AbstractMesh((), (), abstract_device=AbstractDevice("NVIDIA H200", 132, "gpu"))
@@ -330,7 +330,7 @@ GPU_CASES = [
 @pytest.mark.parametrize("implementation", ["mosaic_gpu", "triton"])
 @pytest.mark.parametrize("case", GPU_CASES, ids=lambda case: f"{case.name}-V{case.v}")
 def test_values_and_gradients_on_a_gpu(gpu, case, implementation, dtype):
-    if implementation == "mosaic_gpu" and not any(name in gpu for name in mosaic_gpu.HOPPER):
+    if implementation == "mosaic_gpu" and not any(name in gpu for name in hopper.HOPPER):
         pytest.skip("needs a Hopper GPU")
     matrix, dense = make(case, dtype=dtype)
     window = None if case.batch == 24 else case.window  # where the slots point is worked out before, or in the call

@@ -15,6 +15,7 @@ import pallas_kernels as pk
 from pallas_kernels import mosaic_gpu, mosaic_gpu_conv, triton_conv, triton_tiles, tune, windows
 from pallas_kernels import mosaic_gpu_forward as kernel
 from pallas_kernels import mosaic_gpu_ptx as ptx
+from pallas_kernels.hopper import GROUP_SIZES, HOPPER
 from pallas_kernels.row_grouped import to_dense
 
 Config = kernel.Config
@@ -26,9 +27,15 @@ pytestmark = pytest.mark.filterwarnings("ignore:The Pallas Triton backend is dep
 CONFIGS = {
     64: [Config(), Config(block_tokens=512, stages=3), Config(block_tokens=128, stages=8), Config(persistent=False)],
     128: [Config(split=split, persistent=p, band=b) for split in ("rows", "tokens") for p, b in ((True, 4), (False, 1))]
-    + [Config(stages=3, split="rows"), Config(block_tokens=128, stages=6, split="rows"), Config(ahead=8)]
-    + [Config(cluster=2, split="rows", persistent=p) for p in (True, False)],
-    256: [Config(block_tokens=128, split=split) for split in ("rows", "tokens")]
+    + [
+        Config(stages=3, split="rows"),
+        Config(stages=3, staged=True),
+        Config(block_tokens=128, stages=6, split="rows"),
+        Config(ahead=8),
+    ]
+    + [Config(cluster=2, split="rows", persistent=p) for p in (True, False)]
+    + [Config(cluster=2, stages=3, split="rows", staged=True)],
+    256: [Config(block_tokens=128, stages=3, split=split, staged=split == "rows") for split in ("rows", "tokens")]
     + [Config(block_tokens=128, split="rows", cluster=2)],
 }
 ALL = [(v, config) for v, configs in CONFIGS.items() for config in configs]
@@ -53,7 +60,7 @@ def operands(v, dtype="bfloat16", m=300, k=200, n=520, sparsity=0.5, equal=False
     return matrix, jax.random.normal(keys[0], (k, n), dtype), jax.random.normal(keys[1], (m,), dtype)
 
 
-@pytest.mark.parametrize("v", mosaic_gpu.GROUP_SIZES)
+@pytest.mark.parametrize("v", GROUP_SIZES)
 @pytest.mark.parametrize("op", ["forward", "grad_values"])
 def test_every_config_of_the_search_space_lowers_for_cuda(op, v):
     matrix = tune.random_matrix(2 * v, 200, 0.36, v)  # 128 slots a group
@@ -228,6 +235,11 @@ class Machine:
             for i in np.flatnonzero(live):
                 for j, word in enumerate(words):
                     assert self.written.setdefault(int(address[i]) + 4 * j, word[i]) == word[i]
+        elif "st.global" in text:
+            address, word, live = operands
+            for i in np.flatnonzero(live):
+                what = int(word[i]) + ("], high;" in text)  # a pair stands for its first token
+                assert self.written.setdefault(int(address[i]), what) == what
         else:
             assert "arrive" in text
         return None
@@ -239,21 +251,29 @@ def array(*registers):
     return types.SimpleNamespace(registers=found)
 
 
-@pytest.mark.parametrize(("block_tokens", "token_tile"), [(256, 0), (256, 2), (128, 1), (512, 1)])
-def test_gather_fills_the_swizzled_tile(monkeypatch, block_tokens, token_tile):
+@pytest.mark.parametrize("sentinel", [None, 90])
+@pytest.mark.parametrize(
+    ("block_tokens", "token_tile"), [(256, 0), (256, 2), (128, 1), (512, 1), (64, 8), (32, 3), (16, 32)]
+)
+def test_gather_fills_the_swizzled_tile(monkeypatch, block_tokens, token_tile, sentinel):
     tokens, x, ids, tile = 520, 10**6, 1000, 4096
     columns = np.random.default_rng(0).permutation(100)[:64]
     machine = Machine(monkeypatch, np.arange(256, 384), {ids + 4 * i: c for i, c in enumerate(columns)})
     ptx.gather(x, ids, tile, 0, array(token_tile), array(0), tokens=tokens, block_k=64, block_tokens=block_tokens,
-               first=256)  # fmt: skip
+               first=256, sentinel=sentinel)  # fmt: skip
     copied = dict(machine.copied)
     assert len(copied) == len(machine.copied) == 64 * block_tokens // 8
     for row in range(64):
         for chunk in range(block_tokens // 8):
-            in_tile, wide = row % 8, block_tokens // 64
-            offset = ((row // 8) * wide + chunk // 8) * 1024 + in_tile * 128 + ((chunk % 8) ^ in_tile) * 16
+            width = min(2 * block_tokens, 128)
+            index = (row // 8) * (2 * block_tokens // width) + 16 * chunk // width
+            offset = (8 * index + row % 8) * width + 16 * chunk % width
+            # The hardware's swizzle: address bits 4 to 6, as many as the width has chunks, turned by the bits 7 to 9.
+            got = copied[tile + (offset ^ (offset >> 3 & width - 16))]
             token = token_tile * block_tokens + 8 * chunk
-            got = copied[tile + offset]
+            if sentinel is not None and columns[row] >= sentinel:
+                assert got == ZEROS
+                continue
             assert (got - x) % (tokens * 2) <= tokens * 2 - 16  # never behind a row's end
             if token < tokens:
                 assert got == x + 2 * (columns[row] * tokens + token)
@@ -309,10 +329,12 @@ def test_gather_of_a_convolution_meets_the_right_pixels(monkeypatch, size, strid
                 assert copied[tile + offset] == (ZEROS if met[token] == ZEROS else x + 2 * met[token])
 
 
-@pytest.mark.parametrize(("height", "width"), [(64, 256), (128, 128), (64, 64)])
+@pytest.mark.parametrize(("height", "width", "tokens"), [
+    (64, 256, 520), (128, 128, 520), (64, 64, 520), (64, 16, 456), (64, 8, 450), (128, 32, 455), (64, 16, 1),
+])  # fmt: skip
 @pytest.mark.parametrize("first_token", [0, 448])
-def test_store_puts_every_pair_where_its_row_says(monkeypatch, height, width, first_token):
-    m, tokens, y = 90, 520, 10**6
+def test_store_puts_every_pair_where_its_row_says(monkeypatch, height, width, tokens, first_token):
+    m, y = 90, 10**6
     stored = np.random.default_rng(0).permutation(np.r_[np.arange(m), np.full(256 - m, m)])[:height]
     threads = np.arange(128, 256)
     machine = Machine(monkeypatch, threads, {4 * i: row for i, row in enumerate(stored)})
@@ -331,10 +353,12 @@ def test_store_puts_every_pair_where_its_row_says(monkeypatch, height, width, fi
     want = {
         y + 2 * (stored[i] * tokens + first_token + j): 1000 * i + j
         for i in range(height)
-        for j in range(0, width, 2)
+        for j in range(0, width, 1 if tokens % 2 else 2)
         if stored[i] < m and first_token + j < tokens
     }
     assert machine.written == want
+    if width % 32 or tokens % 8:
+        return
     # What is stored is what comes back, zeros where nothing was stored.
     space = types.SimpleNamespace
     monkeypatch.setattr(ptx, "fa", space(
@@ -363,7 +387,7 @@ def hopper():
         device = jax.devices("cuda")[0]
     except RuntimeError:
         pytest.skip("needs a CUDA device")
-    if not any(name in device.device_kind for name in mosaic_gpu.HOPPER):
+    if not any(name in device.device_kind for name in HOPPER):
         pytest.skip("needs a Hopper GPU")
 
 
@@ -384,7 +408,7 @@ def test_products_on_a_gpu(hopper, v, config, dtype):
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-@pytest.mark.parametrize("v", mosaic_gpu.GROUP_SIZES)
+@pytest.mark.parametrize("v", GROUP_SIZES)
 def test_dvalues_on_a_gpu(hopper, v, dtype):
     for count, n in ((128, 384), (200, 1024)):  # a whole number of tiles, and not
         matrix = tune.random_matrix(2 * v, 333, 1 - count / 333, v, dtype=dtype)

@@ -9,7 +9,7 @@ import pytest
 
 import pallas_kernels as pk
 from benchmarks.two_four import Case, random_matrix
-from pallas_kernels import configs, triton, triton_two_four, two_four
+from pallas_kernels import configs, triton, triton_two_four
 
 H200 = jax.sharding.AbstractMesh((), (), abstract_device=jax.sharding.AbstractDevice("NVIDIA H200", 132, "gpu"))
 # Pallas announces the end of its Triton backend at every lowering: the one warning that may pass.
@@ -27,7 +27,7 @@ CONFIGS = [
     [("shfl_tvw", 32, 5, "float32"), ("tvw", 40, 1, "float32"), ("tvw", 40, 8, "bfloat16")],
 )
 def test_the_packed_kernel(pattern, m, n, dtype, config):
-    matrix = random_matrix(Case(pattern, m, 64, n, 0.75, 16, dtype), 0)
+    matrix = pk.prepare(random_matrix(Case(pattern, m, 64, n, 0.75, 16, dtype)), "triton")
     x, bias = jax.random.normal(jax.random.key(1), (64, n), dtype), jnp.linspace(-1, 1, m, dtype=dtype)
     y = triton.forward_two_four(
         matrix, x, bias, activation="relu", layout="feature_major", precision="highest", config=config
@@ -67,23 +67,10 @@ def test_the_expanded_matrix_and_gradients():
 
 
 def test_prepared_words_stand_for_the_same_weights():
-    matrix = random_matrix(Case("tvw", 100, 36, 1, 0.75, 16, "float32"), 3)
-    canonical = pk.from_dense_two_four(*_masked(matrix))
-    prepared = two_four.call(triton, "prepare", canonical)
+    canonical = random_matrix(Case("tvw", 100, 36, 1, 0.75, 16, "float32"), 3)
+    prepared = pk.prepare(canonical, "triton")
     assert prepared.topology.pairs.dtype == np.uint16
     np.testing.assert_array_equal(pk.to_dense(prepared), pk.to_dense(canonical))
-
-
-def _masked(matrix):
-    dense = np.asarray(pk.to_dense(matrix))
-    groups = matrix.topology.num_groups
-    ptr, columns = np.asarray(matrix.topology.group_ptr), np.asarray(matrix.topology.columns)
-    order = np.full((groups, 36), 36, np.int32)
-    rows = np.asarray(matrix.topology.rows)
-    counts = np.asarray(matrix.topology.counts)
-    for group in range(groups):
-        order[group, : counts[group]] = columns[ptr[group] : ptr[group] + counts[group]]
-    return dense, rows, order, dense != 0
 
 
 def forward(matrix, x, config):
@@ -96,7 +83,7 @@ def forward(matrix, x, config):
 @pytest.mark.parametrize(("pattern", "n"), [("shfl_tvw", 16), ("tvw", 64), ("shfl_tvw", 512)])
 def test_every_config_lowers_for_cuda(pattern, n, dtype):
     case = Case(pattern, 256, 512, n, 0.75, 128, dtype)
-    matrix, x = random_matrix(case, 0), jax.ShapeDtypeStruct((case.k, n), dtype)
+    matrix, x = pk.prepare(random_matrix(case), "triton"), jax.ShapeDtypeStruct((case.k, n), dtype)
     space = triton_two_four.search_space(matrix.topology, n, dtype) if n == 16 else (None,)
     with jax.sharding.use_abstract_mesh(H200):
         for config in space:
