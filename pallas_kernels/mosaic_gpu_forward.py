@@ -50,8 +50,6 @@ class Config:
             group before the next band begins. Ragged groups are dealt heaviest first, whatever the band.
         registers: of a thread of the consumers and of the producer; (2 a + b) <= 512 - 8 in multiples of 8.
         block_k: slots of a step, a multiple of `BLOCK_K`.
-        staged: whether a finished tile leaves through shared memory, row by row and by itself, while the products of
-            the next one run; else its registers are stored, and no product runs meanwhile.
     """
 
     block_tokens: int = 256
@@ -62,24 +60,12 @@ class Config:
     band: int = 1
     registers: tuple[int, int] = (216, 72)
     block_k: int = BLOCK_K
-    staged: bool = False
 
     def shared_memory(self, group_size: int, packed: bool = False) -> int:
         """Bytes of the stages and the ring of column ids; a packed step has half the values and words of positions."""
         weights = group_size + 2 * group_size // WORD if packed else 2 * group_size
         slot = self.stages * (weights + 2 * self.block_tokens) + 4 * (self.stages + self.ahead)
-        return slot * self.block_k + self.staged * 2 * 2 * math.prod(self.staging(group_size))
-
-    def part(self, group_size: int) -> tuple[int, int]:
-        """The rows and tokens of a tile that one consumer computes."""
-        if self.split == "rows":
-            return group_size // 2, self.block_tokens
-        return group_size, self.block_tokens // 2
-
-    def staging(self, group_size: int) -> tuple[int, int]:
-        """A part with 16 bytes between its rows, so that they lie in different banks."""
-        rows, tokens = self.part(group_size)
-        return rows, tokens + 8
+        return slot * self.block_k
 
 
 @functools.lru_cache(maxsize=256)
@@ -156,7 +142,7 @@ def product(
         _body, config=c, v=v, m=m, n=n, width=work.shape[1], has_bias=bias is not None, packed=words is not None,
         sentinels=sentinels, activation=activation,
     )  # fmt: skip
-    packed, staged, ring = words is not None, c.staged and n % 8 == 0, c.stages + c.ahead
+    packed, ring = words is not None, c.stages + c.ahead
     call = plgpu.kernel(
         body,
         out_type=jax.ShapeDtypeStruct((m, n), x.dtype),
@@ -169,7 +155,6 @@ def product(
             plgpu.Barrier(num_barriers=ring),
             plgpu.Barrier(num_barriers=c.stages, num_arrivals=2),
             [plgpu.SMEM((c.stages, c.block_k // WORD, v), jnp.uint16, transforms=_tiled(v, 4))] if packed else [],
-            [plgpu.SMEM((2, *c.staging(v)), x.dtype)] if staged else [],
         ),
         grid=(programs,),
         grid_names=("program",),
@@ -198,7 +183,7 @@ def _inline(function, *arg_types, result=None):
 def _body(values, columns, rows, work, x, *refs, config, v, m, n, width, has_bias, packed, sentinels, activation):
     bias, refs = (refs[0], refs[1:]) if has_bias else (None, refs)
     words, refs = (refs[0], refs[1:]) if packed else (None, refs)
-    y, a_tiles, b_tiles, ids, gathered, a_full, ids_full, empty, word_tiles, staging = refs
+    y, a_tiles, b_tiles, ids, gathered, a_full, ids_full, empty, word_tiles = refs
     c = config
     program, warpgroup = lax.axis_index("program"), lax.axis_index("warpgroup")
     plain, splat = plgpu.RefType(), plgpu.Layout.WG_SPLAT
@@ -219,7 +204,7 @@ def _body(values, columns, rows, work, x, *refs, config, v, m, n, width, has_bia
     @pl.when(warpgroup < 2)
     def _consume():
         plgpu.set_max_registers(c.registers[0], action="increase")
-        height, wide = c.part(v)
+        height, wide = (v // 2, c.block_tokens) if c.split == "rows" else (v, c.block_tokens // 2)
         rows_first, tokens_first = (height, 0) if c.split == "rows" else (0, wide)
         row_layout = plgpu.Layout.WGMMA.reduce(1)
         load_rows = functools.partial(ptx.stored_rows, count=height, layout=row_layout)
@@ -288,14 +273,11 @@ def _body(values, columns, rows, work, x, *refs, config, v, m, n, width, has_bia
                 out = out + lax.broadcast_in_dim(offsets, (height, wide), (0,))
             out = ACTIVATIONS[activation](out).astype(x.dtype)
             first_token = token_tile * c.block_tokens + warpgroup * tokens_first
-            store = functools.partial(ptx.stage_rows if staging else ptx.store_rows, m=m, tokens=n)
-            kinds = plain, plgpu.Layout.WGMMA, row_layout, splat, *(plain for _ in staging)
-            _inline(store, *kinds)(y, out, targets, first_token, *(part.at[warpgroup] for part in staging))
+            store = functools.partial(ptx.store_rows, m=m, tokens=n)
+            _inline(store, plain, plgpu.Layout.WGMMA, row_layout, splat)(y, out, targets, first_token)
             return step + steps
 
         lax.fori_loop(0, count, multiply, jnp.int32(0))
-        if staging:
-            _inline(ptx.finish_rows)()
 
 
 def _producer(copies, columns, x, b_tiles, ids, gathered, a_full, ids_full, empty, *, entry, count, config, sentinels):
