@@ -178,13 +178,13 @@ def search_space(problem: configs.Problem) -> tuple[Any, ...]:
         found.sort(key=lambda c: _tiles(problem, c) < MULTIPROCESSORS)  # large tiles, if there are enough of them
         return tuple(found)
     shapes = {
-        64: [(512, 3, "tokens", 1, False), (256, 5, "tokens", 4, False), (256, 4, "tokens", 4, True)],
-        128: [(256, 4, "rows", 1, False), (256, 4, "rows", 4, False), (256, 3, "rows", 4, True)],
-        256: [(128, 4, "rows", 1, False), (128, 4, "rows", 4, False), (128, 3, "rows", 4, True)],
+        64: [(512, 3, "tokens", 1), (512, 3, "tokens", 4), (256, 5, "tokens", 4)],
+        128: [(256, 4, "rows", 1), (256, 4, "rows", 4), (128, 6, "rows", 4)],
+        256: [(128, 4, "rows", 1), (128, 4, "rows", 4)],
     }[v]
     found = [heuristic(v, problem.n)] + [
-        kernel.Config(tokens, stages=stages, split=split, band=band, staged=staged, cluster=cluster)
-        for tokens, stages, split, band, staged in shapes
+        kernel.Config(block_tokens=tokens, stages=stages, split=split, band=band, cluster=cluster)
+        for tokens, stages, split, band in shapes
         for cluster in (1, 2)
     ]
     return tuple(dict.fromkeys(found))

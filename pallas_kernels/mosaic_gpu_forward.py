@@ -44,8 +44,6 @@ class Config:
             group before the next band begins. Ragged groups are dealt heaviest first, whatever the band.
         registers: of a thread of the consumers and of the producer; (2 a + b) <= 512 - 8 in multiples of 8.
         block_k: slots of a step, a multiple of `BLOCK_K`.
-        staged: whether a finished tile leaves through shared memory, row by row and by itself, while the products of
-            the next one run; else its registers are stored, and no product runs meanwhile.
         cluster: programs that work on neighbouring token tiles of a group at the same time and fetch its values once.
     """
 
@@ -57,7 +55,6 @@ class Config:
     band: int = 1
     registers: tuple[int, int] = (216, 72)
     block_k: int = BLOCK_K
-    staged: bool = False
     cluster: int = 1
 
     def shared_memory(self, group_size: int, packed: bool = False, id_words: int = 1) -> int:
@@ -67,18 +64,7 @@ class Config:
         """
         weights = group_size + 2 * group_size // WORD if packed else 2 * group_size
         slot = self.stages * (weights + 2 * self.block_tokens) + 4 * id_words * (self.stages + self.ahead)
-        return slot * self.block_k + self.staged * 2 * 2 * math.prod(self.staging(group_size))
-
-    def part(self, group_size: int) -> tuple[int, int]:
-        """The rows and tokens of a tile that one consumer computes."""
-        if self.split == "rows":
-            return group_size // 2, self.block_tokens
-        return group_size, self.block_tokens // 2
-
-    def staging(self, group_size: int) -> tuple[int, int]:
-        """A part with 16 bytes between its rows, so that they lie in different banks."""
-        rows, tokens = self.part(group_size)
-        return rows, tokens + 8
+        return slot * self.block_k
 
 
 @functools.lru_cache(maxsize=256)
@@ -160,7 +146,7 @@ def product(
         _body, config=c, v=v, m=m, n=n, width=work.shape[1], has_bias=bias is not None, packed=packed,
         has_addend=addend is not None, sentinels=sentinels, id_words=id_words, window=window, activation=activation,
     )  # fmt: skip
-    staged, ring = c.staged and n % 8 == 0, c.stages + c.ahead
+    ring = c.stages + c.ahead
     call = plgpu.kernel(
         body,
         out_type=jax.ShapeDtypeStruct((m, n), x.dtype),
@@ -174,7 +160,6 @@ def product(
             # A stage is free when the consumers of the whole cluster have left it: weights arrive everywhere at once.
             plgpu.ClusterBarrier(collective_axes=("block",), num_barriers=c.stages, num_arrivals=2),
             [plgpu.SMEM((c.stages, c.block_k // WORD, v), jnp.uint16, transforms=_tiled(v, 4))] if packed else [],
-            [plgpu.SMEM((2, *c.staging(v)), x.dtype)] if staged else [],
         ),
         grid=(programs,),
         grid_names=("program",),
@@ -217,7 +202,7 @@ def _body(
     bias, refs = (refs[0], refs[1:]) if has_bias else (None, refs)
     addend, refs = (refs[0], refs[1:]) if has_addend else (None, refs)
     words, refs = (refs[0], refs[1:]) if packed else (None, refs)
-    y, a_tiles, b_tiles, ids, gathered, a_full, ids_full, empty, word_tiles, staging = refs
+    y, a_tiles, b_tiles, ids, gathered, a_full, ids_full, empty, word_tiles = refs
     c = config
     program, block, warpgroup = lax.axis_index("program"), lax.axis_index("block"), lax.axis_index("warpgroup")
     plain, splat = plgpu.RefType(), plgpu.Layout.WG_SPLAT
@@ -240,7 +225,7 @@ def _body(
     @pl.when(warpgroup < 2)
     def _consume():
         plgpu.set_max_registers(c.registers[0], action="increase")
-        height, wide = c.part(v)
+        height, wide = (v // 2, c.block_tokens) if c.split == "rows" else (v, c.block_tokens // 2)
         rows_first, tokens_first = (height, 0) if c.split == "rows" else (0, wide)
         row_layout = plgpu.Layout.WGMMA.reduce(1)
         wait = _inline(functools.partial(ptx.wait, stages=c.stages), plain, splat)
@@ -334,9 +319,8 @@ def _body(
                 added = _inline(ptx.exchange_rows, plgpu.Layout.WGMMA, result=loaded)(added)
                 out = out + added.astype(jnp.float32)
             out = _activate(activation, out).astype(x.dtype)
-            store = functools.partial(ptx.stage_rows if staging else ptx.store_rows, m=m, tokens=n)
-            kinds = plain, plgpu.Layout.WGMMA, row_layout, splat, *(plain for _ in staging)
-            _inline(store, *kinds)(y, out, targets, first_token, *(part.at[warpgroup] for part in staging))
+            store = functools.partial(ptx.store_rows, m=m, tokens=n)
+            _inline(store, plain, plgpu.Layout.WGMMA, row_layout, splat)(y, out, targets, first_token)
             return step + steps, next_steps, next_tile, next_targets, next_offsets, next_added, after_next
 
         steps, group, token_tile = header(0)
@@ -344,8 +328,6 @@ def _body(
         added = added_to(targets, token_tile) if early else None
         carry = jnp.int32(0), steps, token_tile, targets, offsets_of(targets), added, header(1)
         lax.fori_loop(0, count, multiply, carry)
-        if staging:
-            _inline(ptx.finish_rows)()
 
 
 def _producer(

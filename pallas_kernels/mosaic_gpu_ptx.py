@@ -376,64 +376,6 @@ def _load_words(address, live) -> list:
     return [llvm.extractvalue(i32, words, [i]) for i in range(4)]
 
 
-def stage_rows(y, tile, rows, first_token, staging, *, m: int, tokens: int) -> None:
-    """`store_rows` by way of shared memory: every row is copied from there by itself, beside what follows.
-
-    A warp waits until its rows of the tile before have left, then puts its own in place. Call `finish_rows` at the end.
-
-    Args:
-        y: as in `store_rows`.
-        tile: as in `store_rows`, some 16 tokens wide.
-        rows: as in `store_rows`.
-        first_token: as in `store_rows`.
-        staging: (rows, tokens + 8) in shared memory, for this warpgroup alone.
-        m: M.
-        tokens: N, a multiple of 8.
-    """
-    i32 = ir.IntegerType.get_signless(32)
-    height, width = tile.shape
-    packed = _words(tile)
-    pitch, base = (width + 8) * 2, _shared(staging)
-    thread = arith.remui(_thread(), _i32(WARPGROUP))
-    first_row, lane = _mul(arith.divui(thread, _i32(32)), 16), arith.remui(thread, _i32(32))
-    _emit("cp.async.bulk.wait_group.read 0;", [])
-    _emit("bar.warp.sync 0xffffffff;", [])
-    # Thread i says where row i % 8 of the i // 8-th of four 8 x 8 matrices goes: two above each other, twice.
-    row = arith.addi(first_row, arith.remui(lane, _i32(16)))
-    target = arith.addi(base, arith.addi(_mul(row, pitch), _mul(arith.divui(lane, _i32(16)), CHUNK)))
-    for block in range(height // 64):
-        for i in range(0, width // 8, 2):
-            words = [packed[block, i + j, half] for j in range(2) for half in range(2)]
-            address = arith.addi(target, _i32(block * 64 * pitch + i * CHUNK))
-            _emit("stmatrix.sync.aligned.m8n8.x4.shared.b16 [$0], {$1, $2, $3, $4};", [address, *words])
-    _emit("fence.proxy.async.shared::cta;", [])
-    _emit("bar.warp.sync 0xffffffff;", [])
-    # The first half of the warp's threads copy a row each. Who holds its number: thread 4 i, of the rows i and i + 8.
-    held = list(map(_scalar, rows.registers.flat))
-    holder, first_token = _mul(arith.remui(lane, _i32(8)), 4), first_token.registers.item()
-    upper = arith.cmpi(arith.CmpIPredicate.ult, arith.remui(lane, _i32(16)), _i32(8))
-    size = _mul(arith.minui(arith.subi(_i32(tokens), first_token), _i32(width)), 2)
-    for block in range(height // 64):
-        shuffle = "shfl.sync.idx.b32 $0, $1, $2, 31, 0xffffffff;"
-        candidates = [_emit(shuffle, [held[2 * block + half], holder], i32) for half in range(2)]
-        number = arith.select(upper, *candidates)
-        live = arith.andi(arith.cmpi(arith.CmpIPredicate.ult, number, _i32(m)),
-                          arith.cmpi(arith.CmpIPredicate.ult, lane, _i32(16)))  # fmt: skip
-        live = arith.andi(live, arith.cmpi(arith.CmpIPredicate.ult, first_token, _i32(tokens)))
-        source = arith.addi(base, _mul(arith.addi(row, _i32(64 * block)), pitch))
-        target = arith.addi(_global(y), arith.muli(_wide(number), _i64(tokens * 2)))
-        target = arith.addi(target, arith.muli(_wide(first_token), _i64(2)))
-        copy = "@live cp.async.bulk.global.shared::cta.bulk_group [$0], [$1], $2;"
-        copy = f"{{ .reg .pred live; setp.ne.b32 live, $3, 0; {copy} }}"
-        _emit(copy, [target, source, size, arith.extui(i32, live)])
-    _emit("cp.async.bulk.commit_group;", [])
-
-
-def finish_rows() -> None:
-    """Waits until all rows that `stage_rows` sent away have left."""
-    _emit("cp.async.bulk.wait_group 0;", [])
-
-
 def _store_pairs(y, tile, rows, first_token, *, m: int, tokens: int) -> None:
     """`store_rows` without the exchange."""
     i32 = ir.IntegerType.get_signless(32)

@@ -89,24 +89,27 @@ def heuristic(topology, tokens: int):
         return _deepest(topology, config(block_tokens=width, split="rows", block_k=128 if width == 64 else 256))
     if v == 64:
         return config(block_tokens=512, stages=3, split="tokens")
-    if v == 256 or tokens <= 128:
-        return config(block_tokens=128, stages=4, split="rows", staged=True)
-    return config(block_tokens=256, stages=3, split="rows", staged=True)
+    narrow = config(block_tokens=128, stages=6, split="rows")
+    if v == 256:
+        return narrow
+    # Half a tile takes more than half of the time: worth it only where whole ones leave multiprocessors idle.
+    whole, half = (-(-topology.num_groups * -(-tokens // width) // hopper.multiprocessors()) for width in (256, 128))
+    return narrow if half < 1.6 * whole else config(block_tokens=256, stages=5, split="rows", registers=(208, 88))
 
 
 def search_space(topology, tokens: int) -> tuple:
     """The configs worth measuring, the heuristic's first."""
-    first, v = heuristic(topology, tokens), topology.group_size
+    first = heuristic(topology, tokens)
     if first.block_tokens <= FEW_TOKENS:
         tried = [_deepest(topology, dataclasses.replace(first, block_k=block_k)) for block_k in (64, 128, 256)]
-        tried += [dataclasses.replace(c, stages=max(2, c.stages // 2)) for c in tried]
+        tried += [dataclasses.replace(c, stages=c.stages // 2) for c in tried if c.stages > 3]
     else:
         tried = [
-            _deepest(topology, dataclasses.replace(first, staged=staged, band=band, split=split))
-            for staged in (True, False)
+            dataclasses.replace(first, band=band, split=split, stages=stages)
             for split in ("rows", "tokens")
             for band in (1, 4)
-            if v > 64 or split == "tokens"
+            for stages in (first.stages - 1, first.stages)
+            if topology.group_size > 64 or split == "tokens"
         ]
     return tuple(dict.fromkeys([first, *tried]))
 

@@ -27,15 +27,9 @@ pytestmark = pytest.mark.filterwarnings("ignore:The Pallas Triton backend is dep
 CONFIGS = {
     64: [Config(), Config(block_tokens=512, stages=3), Config(block_tokens=128, stages=8), Config(persistent=False)],
     128: [Config(split=split, persistent=p, band=b) for split in ("rows", "tokens") for p, b in ((True, 4), (False, 1))]
-    + [
-        Config(stages=3, split="rows"),
-        Config(stages=3, staged=True),
-        Config(block_tokens=128, stages=6, split="rows"),
-        Config(ahead=8),
-    ]
-    + [Config(cluster=2, split="rows", persistent=p) for p in (True, False)]
-    + [Config(cluster=2, stages=3, split="rows", staged=True)],
-    256: [Config(block_tokens=128, stages=3, split=split, staged=split == "rows") for split in ("rows", "tokens")]
+    + [Config(stages=3, split="rows"), Config(block_tokens=128, stages=6, split="rows"), Config(ahead=8)]
+    + [Config(cluster=2, split="rows", persistent=p) for p in (True, False)],
+    256: [Config(block_tokens=128, split=split) for split in ("rows", "tokens")]
     + [Config(block_tokens=128, split="rows", cluster=2)],
 }
 ALL = [(v, config) for v, configs in CONFIGS.items() for config in configs]
@@ -327,6 +321,16 @@ def test_gather_of_a_convolution_meets_the_right_pixels(monkeypatch, size, strid
             if token < tokens:
                 offset = ((row // 8) * 4 + chunk // 8) * 1024 + row % 8 * 128 + ((chunk % 8) ^ row % 8) * 16
                 assert copied[tile + offset] == (ZEROS if met[token] == ZEROS else x + 2 * met[token])
+
+
+def test_eight_tokens_take_one_copy_a_row(monkeypatch):
+    columns = np.random.default_rng(0).permutation(300)[:256]
+    machine = Machine(monkeypatch, np.arange(256, 384), {1000 + 4 * i: c for i, c in enumerate(columns)})
+    ptx.gather(10**6, 1000, 4096, 0, array(0), array(0), tokens=8, block_k=256, block_tokens=16, first=256)
+    # A tile is 8 rows of 32 bytes, and its second four have their chunks swapped.
+    want = {4096 + 32 * r + 16 * (r % 8 // 4): 10**6 + 16 * column for r, column in enumerate(columns)}
+    assert dict(machine.copied) == want
+    assert len(machine.copied) == 256
 
 
 @pytest.mark.parametrize(("height", "width", "tokens"), [

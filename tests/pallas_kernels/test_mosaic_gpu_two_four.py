@@ -28,8 +28,6 @@ CASES = [
     (64, 520, Config(block_tokens=512, stages=3)),
     *((128, 520, Config(stages=5, split=split, persistent=p, band=2)) for split in ("rows", "tokens") for p in (1, 0)),
     (128, 1043, Config(stages=4, split="rows", ahead=8)),
-    *((128, n, Config(stages=3, split=split, staged=True)) for n, split in ((264, "tokens"), (1048, "rows"))),
-    *((v, 456, Config(block_tokens=128, split=split, staged=True)) for v, split in ((64, "tokens"), (256, "rows"))),
     *((256, 264, Config(block_tokens=128, split=split)) for split in ("rows", "tokens")),
     *((128, n, None) for n in (1, 2, 7, 8, 16, 17, 32, 64, 65, 200)),
     *((256, n, None) for n in (3, 16, 40)),
