@@ -116,8 +116,12 @@ class Case:
         return self.layer.features, self.layer.window.features, height * width * self.batch
 
 
-def cases(layers: Sequence[Layer] = RESNET50, suite: str = "resnet50", batches=BATCHES) -> Iterator[Case]:
+def cases(layers: Sequence[Layer] = RESNET50, suite: str = "resnet50", batches=BATCHES) -> tuple[Case, ...]:
     """All cases, those of the acceptance table first."""
+    return tuple(dict.fromkeys(_cases(layers, suite, batches)))
+
+
+def _cases(layers: Sequence[Layer], suite: str, batches: Sequence[int]) -> Iterator[Case]:
     first, *others = batches
 
     def of(batch: int = first, sparsity: float = 0.75, v: int = 64, **more) -> list[Case]:
@@ -288,7 +292,7 @@ def run(todo: list[Case], out: pathlib.Path, minutes: float, ahead: int = 8) -> 
     if out.exists():
         result["records"] = json.loads(out.read_text())["records"]
     done = {record["case"] for record in result["records"]}
-    todo = [case for case in dict.fromkeys(todo) if key_of(case) not in done]
+    todo = [case for case in todo if key_of(case) not in done]
     torch, dense = Torch(), collections.defaultdict(list)
     with contextlib.closing(torch), concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
         for i in range(0, len(todo), ahead):
@@ -327,6 +331,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--size", choices=("resnet50", "tiny"), default="resnet50")
     parser.add_argument("--out", type=pathlib.Path)
     options = parser.parse_args(argv)
+    if options.table:
+        write_table(options.out or RESULTS / "nvidia-h200" / "conv.json")
+        return
     tiny = options.size == "tiny"
     layers, batches = (TINY, (8, 2)) if tiny else (RESNET50, BATCHES)
     if not tiny and jax.default_backend() != "gpu":
@@ -335,18 +342,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     todo = todo[: len(layers)] if options.acceptance else todo
     device = configs.device_name(jax.devices()[0].device_kind)
     out = options.out or RESULTS / device / ("conv_tiny.json" if tiny else "conv.json")
-    if options.table:
-        write_table(json.loads(out.read_text())["records"], configs.TABLES / f"{device}-conv.json")
-    elif options.model:
+    if options.model:
         run_models(out, {"batches": (2,), "image": 24, "stages": (1,), "width": 8, "classes": 5} if tiny else {})
     else:
         run(todo, out, options.minutes)
 
 
-def write_table(records: list[dict], path: pathlib.Path) -> None:
+def write_table(results: pathlib.Path) -> None:
     """Writes the table of `pallas_kernels.conv_cost`."""
-    entries = []
-    for r in records:
+    entries, path = [], configs.TABLES / f"{results.parent.name}-conv.json"
+    for r in json.loads(results.read_text())["records"]:
         if r["op"] == "conv2d" and r.get("default") and r["layout"] == "CHWN" and r["time_us"]:
             slots = -(-r["m"] // r["group_size"]) * round(r["k"] * (1 - r["sparsity"]))
             entry = {key: r[key] for key in ("m", "k", "n", "group_size", "dtype", "time_us", "dense_time_us")}
