@@ -7,7 +7,6 @@ slots through a ring of stages in shared memory. docs/kernels.md draws the pipel
 import dataclasses
 import functools
 import heapq
-import math
 from typing import Literal
 
 import jax
