@@ -27,7 +27,7 @@ class CNN(nn.Module):
         convolution: in place of the convolution of JAX, or None.
     """
 
-    widths: tuple[int, int, int, int] = (32, 128, 256, 256)
+    widths: tuple[int, int, int, int] = (64, 256, 512, 512)
     classes: int = 10
     convolution: Any = None
 
@@ -98,7 +98,7 @@ def task(smoke: bool = False) -> Task:
         model=model,
         example=(jnp.zeros((1, 8, 8, 1)),),
         pruned=r"(conv_\d|dense)/.*",
-        recipe=Recipe(16, 8, 8, 4, 1e-3) if smoke else Recipe(32, 300, 200, 20, 1e-3),
+        recipe=Recipe(16, 8, 8, 4, 1e-3) if smoke else Recipe(64, 3000, 3000, 100, 1e-3),
         train=train,
         test={name: array[:200] for name, array in test.items()} if smoke else test,
         test_batch=200 if smoke else 1000,

@@ -57,7 +57,7 @@ class ResNet(nn.Module):
     """
 
     stem: int = 64
-    widths: tuple[int, ...] = (128, 256, 256)
+    widths: tuple[int, ...] = (128, 256, 512)
     classes: int = OUTLINES * TEXTURES
     convolution: Any = None
 
@@ -146,7 +146,7 @@ def task(smoke: bool = False) -> Task:
         model=model,
         example=(jnp.zeros((1, SIDE, SIDE, 3)),),
         pruned=r"block_\d/conv_\d/.*",
-        recipe=Recipe(8, 4, 4, 2, 1e-3) if smoke else Recipe(64, 800, 600, 40, 1e-3),
+        recipe=Recipe(8, 4, 4, 2, 1e-3) if smoke else Recipe(64, 1500, 1500, 50, 1e-3),
         train=data(64 if smoke else 16_000, seed=0),
         test=data(50 if smoke else 2_000, seed=1),
         test_batch=50 if smoke else 250,

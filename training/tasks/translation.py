@@ -34,10 +34,10 @@ class Language:
         adverbs: of adverbs.
     """
 
-    nouns: int = 300
-    adjectives: int = 80
-    verbs: int = 80
-    adverbs: int = 40
+    nouns: int = 1200
+    adjectives: int = 320
+    verbs: int = 320
+    adverbs: int = 160
 
     @property
     def source_size(self) -> int:
@@ -198,10 +198,10 @@ class Translator(nn.Module):
 
     source_size: int
     target_size: int
-    d_model: int = 256
+    d_model: int = 512
     layers: int = 2
-    heads: int = 4
-    mlp: int = 1024
+    heads: int = 8
+    mlp: int = 2048
     dropout: float = 0.1
     dtype: jnp.dtype = jnp.float32
 
@@ -278,7 +278,7 @@ def task(smoke: bool = False) -> Task:
     language = Language(12, 6, 6, 4) if smoke else Language()
     train, test = data(language, 64, 8) if smoke else data(language, 30_000, 1_024)
     dtype = jnp.bfloat16 if jax.default_backend() == "gpu" and not smoke else jnp.float32
-    sizes = (32, 1, 2, 64, 0.0) if smoke else (256, 2, 4, 1024, 0.1)
+    sizes = (32, 1, 2, 64, 0.0) if smoke else (512, 2, 8, 2048, 0.1)
     model = Translator(language.source_size, language.target_size, *sizes, dtype)
 
     def losses(logits: jax.Array, target: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -313,7 +313,7 @@ def task(smoke: bool = False) -> Task:
         model=model,
         example=(jnp.zeros((1, LENGTH), jnp.int32), jnp.zeros((1, LENGTH), jnp.int32)),
         pruned=r"(encoder|decoder)_\d/.*",
-        recipe=Recipe(4, 4, 4, 2, 1e-3) if smoke else Recipe(64, 1000, 800, 40, 1e-3, 0.01),
+        recipe=Recipe(4, 4, 4, 2, 1e-3) if smoke else Recipe(128, 1200, 1200, 40, 7e-4, 0.05),
         train=train,
         test=test,
         test_batch=8 if smoke else 256,
