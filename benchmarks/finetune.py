@@ -123,7 +123,8 @@ def measure(case: Case, rounds: int) -> list[dict[str, Any]]:
         state = (jax.tree.map(jnp.array, values), tx.init(values))
         step = jax.jit(step_of(apply, tx), donate_argnums=(0, 1)).lower(*state, topology, windows).compile()
         sizes[label] = nbytes(specs, *state, topology)
-        temporary[label] = step.memory_analysis().temp_size_in_bytes
+        analysis = step.memory_analysis()
+        temporary[label] = None if analysis is None else analysis.temp_size_in_bytes
         steps[label], states[label] = (lambda *args, s=step, t=topology: s(*args, t, windows)), state
         if jax.default_backend() == "gpu":
             kept = jax.jit(step_of(apply, tx)).lower(*state, topology, windows).compile()
