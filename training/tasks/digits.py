@@ -16,7 +16,7 @@ TEST = 600
 """Images kept for the test."""
 DRAWS = 20
 """How often every test image is there, each with other noise and another shift: a finer measure of accuracy."""
-RECIPE = Recipe(64, 4000, 6000, 100, 1e-3)
+RECIPE = Recipe(64, 4000, 6000, 100, 2e-3)
 """How all models are trained; see docs/accuracy.md for how it was chosen."""
 
 
