@@ -115,7 +115,7 @@ def _gather(x: jax.Array, window: Window) -> xla.Gather:
             mode="fill" if sentinels else "promise_in_bounds",
             fill_value=0,
         )
-        return blocks.reshape(*columns.shape, -1)
+        return blocks.reshape(*columns.shape, height * width * batch)  # also where there are no columns
 
     return gather
 

@@ -131,16 +131,53 @@ def run(
                 records += [r for r in found if (r["label"], r["sparsity"], r["seed"]) not in done]
                 for record in found:
                     record["smoke"] = smoke
-                document |= {
-                    "device": device(),
-                    "jax": jax.__version__,
-                    "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-                    "records": [*records, *claims.summary(records), *claims.claims(records)],
-                }
-                path.parent.mkdir(parents=True, exist_ok=True)
-                path.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+                document = _write(path, records)
                 if not console.is_terminal:
                     console.print(_line(found), soft_wrap=True)
+    return document
+
+
+def merge(path: Path, others: Sequence[Path]) -> dict[str, Any]:
+    """Adds the records of other results files, such as those of tasks that were trained at the same time.
+
+    Args:
+        path: the results file; made if it does not exist. What it holds stays as it is.
+        others: the other ones. Cases that are there are left out.
+
+    Returns:
+        The results file's content.
+
+    Raises:
+        ValueError: files of different devices or versions of JAX, records of `smoke` models among others, or records of
+            a task by two recipes.
+    """
+    documents = [json.loads(p.read_text(encoding="utf-8")) for p in (path, *others) if p in others or p.exists()]
+    everything = [r for document in documents for r in document["records"] if r["op"] == "accuracy"]
+    recipes = {(r["task"], r["smoke"], json.dumps(r["recipe"])) for r in everything}
+    origins = {(document["device"], document["jax"]) for document in documents}
+    if len(origins) > 1 or len({smoke for _, smoke, _ in recipes}) > 1:
+        raise ValueError(f"these files do not belong together: {sorted(origins)}, or smoke models among others")
+    if len(recipes) > len({task for task, *_ in recipes}):
+        raise ValueError("these files hold records of one task by different recipes")
+    found: dict[tuple, dict[str, Any]] = {}
+    for record in everything:
+        found.setdefault((record["task"], record["label"], record["sparsity"], record["seed"]), record)
+    order = {key: i for i, key in enumerate((name, c.label, c.sparsity) for name in TASKS for c in cases())}
+    records = sorted(found.values(), key=lambda r: (order[r["task"], r["label"], r["sparsity"]], r["seed"]))
+    return _write(path, records, documents[0])
+
+
+def _write(path: Path, records: list[dict[str, Any]], origin: dict[str, Any] | None = None) -> dict[str, Any]:
+    """Writes a results file, of this device unless `origin` names another, and returns its content."""
+    made = {
+        "device": device(),
+        "jax": jax.__version__,
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+    }
+    summary = [*records, *claims.summary(records), *claims.claims(records)]
+    document = {name: (origin or made)[name] for name in made} | {"records": summary}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
     return document
 
 
@@ -153,7 +190,7 @@ def _train_task(
     bar = progress.add_task(task.name, total=recipe.dense_steps + len(wanted) * recipe.prune_steps)
     # A program of masks serves every sparsity of its pattern; they are compiled beside the training.
     nominal = {case.label: case.pattern for case in reversed(wanted) if case.pattern is not None}
-    pool = concurrent.futures.ThreadPoolExecutor(max(1, min(6, (os.cpu_count() or 1) // 2)))
+    pool = concurrent.futures.ThreadPoolExecutor(max(1, min(12, (os.cpu_count() or 1) // 2)))
     try:
         renewals = {
             label: pool.submit(programs.compile_renewal, nominal[label])
@@ -268,11 +305,14 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--seeds", type=int, default=SEEDS, help="number of seeds (default: %(default)s)")
     parser.add_argument("--smoke", action="store_true", help="tiny models, to runs/accuracy/accuracy.json")
     parser.add_argument("--table", action="store_true", help="train nothing, print what is there")
+    parser.add_argument("--merge", nargs="+", type=Path, metavar="FILE", help="train nothing, add these files' records")
     parser.add_argument("--plot", type=Path, help="draw the results file's picture there; needs matplotlib")
     options = parser.parse_args(argv)
     default = Path(__file__).parent.parent / "benchmarks" / "results" / device() / "accuracy.json"
     path = options.out or (Path("runs/accuracy/accuracy.json") if options.smoke else default)
-    if options.table:
+    if options.merge:
+        document = merge(path, options.merge)
+    elif options.table:
         document = json.loads(path.read_text(encoding="utf-8"))
     else:
         document = run(path, options.task, options.minutes, options.seeds, options.smoke, options.patterns)

@@ -351,7 +351,9 @@ def stages(steps: Sequence[int], sparsities: Sequence[float], search: bool = Fal
 
 
 def grow_and_prune(partitions: Sequence[str], begin: int, turn: int, rounds: int = 1) -> GrowAndPrune:
-    """Cyclic grow-and-prune (GaP; Ma et al., ICLR 2022): partitions of the layers take turns being dense.
+    """Cyclic grow-and-prune: partitions of the layers take turns being dense.
+
+    GaP (Ma et al., "Effective Model Sparsification by Scheduled Grow-and-Prune Methods", ICLR 2022, arXiv 2106.09857).
 
     At `begin` all layers are pruned but those of the first partition. After every turn that partition is pruned, by its
     weights of then, and the next one is grown to dense, its pruned weights from zero. Every partition has `rounds`

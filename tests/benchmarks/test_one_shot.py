@@ -1,5 +1,6 @@
 """The one-shot benchmark: its cases, its statistics, its resuming."""
 
+import dataclasses
 import importlib.util
 import io
 import json
@@ -71,7 +72,7 @@ def test_a_run_writes_records_and_resumes(tmp_path):
     path = tmp_path / "one_shot.json"
     settings = one_shot.Settings(count=1, size=32, length=64, held_out=8)
     with pytest.raises(ValueError, match="the text has"):
-        one_shot.run(path, one_shot.Settings(count=10_000), 10, ["vw 64"], 1)
+        one_shot.run(path, dataclasses.replace(settings, count=10_000), 10, ["vw 64"], 1)
     assert not path.exists()
     stopped = one_shot.run(path, settings, 0, ["vw 64"], 1)
     assert stopped["records"] == []

@@ -213,6 +213,16 @@ def test_what_is_not_finite_and_unused_never_leaks(implementation):
     np.testing.assert_allclose(dx, reference(case, dense, x, bias, np.asarray(dy))[1], rtol=1e-4, atol=1e-5)
 
 
+def test_xla_takes_a_group_without_columns_as_triton_prepared_it():
+    case, rng = Case((3, 3), channels=4, m=32, image=(5, 6)), np.random.default_rng(8)
+    matrix, dense = make(case)
+    prepared = pk.prepare(matrix, "triton")
+    assert prepared.topology.buckets[-1] == (1, 0)
+    x, bias = images(case, rng), jnp.zeros(32)
+    y = pk.conv2d(prepared, x, bias=bias, implementation="xla", **case.options)
+    np.testing.assert_allclose(y, reference(case, dense, x, bias), rtol=1e-4, atol=1e-5)
+
+
 def test_columns_are_those_of_a_flattened_flax_kernel_in_every_layout():
     case = Case((3, 2), strides=(2, 1), image=(7, 5), m=16)
     matrix, dense = make(case)

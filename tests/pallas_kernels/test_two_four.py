@@ -113,7 +113,7 @@ def test_what_is_not_finite_and_unused_never_leaks(implementation, arrange, layo
     np.testing.assert_allclose(dx, expected if layout == "feature_major" else expected.T, rtol=1e-4, atol=1e-5)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(
     m=st.integers(1, 40),
     k=st.integers(1, 23),

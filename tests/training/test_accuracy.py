@@ -81,6 +81,41 @@ def test_what_is_there_is_not_trained_again(tmp_path, monkeypatch):
         accuracy.run(path, ["topics"], minutes=5, seeds=3, smoke=True, labels=["dense"])
 
 
+def test_files_of_different_tasks_are_merged(tmp_path):
+    def write(name, *records, smoke=False, recipe=1, device="a"):
+        shared = {"smoke": smoke, "recipe": {"batch": recipe}}
+        document = {"device": device, "jax": "1", "date": "2000-01-01", "records": [r | shared for r in records]}
+        (tmp_path / name).write_text(json.dumps(document))
+        return tmp_path / name
+
+    dense, sparse = records_of("digits", "dense", [0.9, 0.8], 0.0), records_of("digits", "EW", [0.7, 0.7])
+    first, second = write("first", *sparse[:1]), write("second", *records_of("shapes", "dense", [0.5], 0.0))
+    third = write("third", *dense, *records_of("digits", "EW", [0.1, 0.6]))
+    path = tmp_path / "merged"
+    document = accuracy.merge(path, [first, second, third])
+    assert document == json.loads(path.read_text())
+    assert document["device"] == "a"
+    records = [r for r in document["records"] if r["op"] == "accuracy"]
+    assert [(r["task"], r["label"], r["accuracy"]) for r in records] == [
+        ("digits", "dense", 0.9),
+        ("digits", "dense", 0.8),
+        ("digits", "EW", 0.7),  # the first file's
+        ("digits", "EW", 0.6),
+        ("shapes", "dense", 0.5),
+    ]
+    mean = next(r for r in document["records"] if r["op"] == "accuracy_mean" and r["label"] == "EW")
+    assert mean["differences"] == "-20.00, -20.00"
+    # What the file holds counts too.
+    assert len(accuracy.merge(path, [write("more", *records_of("topics", "dense", [1.0], 0.0))])["records"]) > 9
+    for other in (
+        write("smoke", *dense, smoke=True),
+        write("recipe", *records_of("digits", "VW 32", [0.9]), recipe=2),
+        write("device", *records_of("translation", "dense", [0.9], 0.0), device="b"),
+    ):
+        with pytest.raises(ValueError, match=r"belong together|different recipes"):
+            accuracy.merge(path, [other])
+
+
 def test_no_case_begins_after_the_minutes(tmp_path):
     assert accuracy.run(tmp_path / "accuracy.json", ["topics"], minutes=0, seeds=1, smoke=True) == {"records": []}
 

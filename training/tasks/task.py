@@ -26,6 +26,7 @@ class Recipe:
         learning_rate: peak of AdamW's.
         weight_decay: of AdamW.
         b2: of AdamW.
+        dropout: rate on every residual branch, for models that have it.
     """
 
     batch: int
@@ -35,6 +36,7 @@ class Recipe:
     learning_rate: float
     weight_decay: float = 0.05
     b2: float = 0.98
+    dropout: float = 0.0
 
     def __post_init__(self) -> None:
         if self.dense_steps % self.every or self.prune_steps % self.every or self.prune_steps < self.every:
