@@ -100,7 +100,7 @@ def test_what_the_mosaic_kernel_can_do_has_a_search_space():
 
 
 def test_packaged_tables_hold_legal_configs():
-    tables = sorted(configs.TABLES.glob("*.json"))
+    tables = sorted(path for path in configs.TABLES.glob("*.json") if not path.stem.endswith("-conv"))
     assert [path.stem for path in tables] == ["nvidia-h200"]
     for path in tables:
         entries = json.loads(path.read_text())["entries"]
