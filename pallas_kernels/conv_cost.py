@@ -1,7 +1,7 @@
 """Predicts how long a convolution takes on a device, sparse and dense, from the device's table of measurements.
 
-The table (`tables/convolutions/<device>.json`) holds what the default implementation took with channels first, and the fastest
-dense convolution of any library and layout beside it. `python -m benchmarks.conv --table` writes it.
+The table (`tables/convolutions/<device>.json`) holds what the default implementation took with channels first, and the
+fastest dense convolution of any library and layout beside it. `python -m benchmarks.conv --table` writes it.
 """
 
 import functools
