@@ -32,7 +32,7 @@ import numpy as np
 import pallas_kernels
 from benchmarks import resnet
 from benchmarks.matmul import GROUP_SIZES, IMPLEMENTATIONS, RESULTS, XLA_ELEMENTS, Torch
-from pallas_kernels import configs, timing, tune, windows
+from pallas_kernels import configs, conv_cost, timing, tune, windows
 from pallas_kernels.conv import FROM_NATIVE, TO_NATIVE, ConvLayout
 from pallas_kernels.row_grouped import to_dense
 from pallas_kernels.windows import Window
@@ -350,13 +350,13 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def write_table(results: pathlib.Path) -> None:
     """Writes the table of `pallas_kernels.conv_cost`."""
-    entries, path = [], configs.TABLES / f"{results.parent.name}-conv.json"
+    entries, path = [], conv_cost.FOLDER / f"{results.parent.name}.json"
     for r in json.loads(results.read_text())["records"]:
         if r["op"] == "conv2d" and r.get("default") and r["layout"] == "CHWN" and r["time_us"]:
             slots = -(-r["m"] // r["group_size"]) * round(r["k"] * (1 - r["sparsity"]))
             entry = {key: r[key] for key in ("m", "k", "n", "group_size", "dtype", "time_us", "dense_time_us")}
             entries.append({"taps": r["kernel_size"][0] * r["kernel_size"][1], "slots": slots} | entry)
-    path.write_text(json.dumps({"device": path.stem, "entries": entries}, indent=1) + "\n")
+    path.write_text(json.dumps({"entries": entries}, indent=1) + "\n")
 
 
 def run_models(out: pathlib.Path, size: dict[str, Any]) -> None:

@@ -1,7 +1,7 @@
 """Predicts how long a convolution takes on a device, sparse and dense, from the device's table of measurements.
 
-The table (`tables/<device>-conv.json`) holds what the default implementation took with channels first, and the fastest
-dense convolution of any library and layout beside it. `python -m benchmarks.conv --table` writes it.
+The table (`tables/convolutions/<device>.json`) holds what the default implementation took with channels first, and the
+fastest dense convolution of any library and layout beside it. `python -m benchmarks.conv --table` writes it.
 """
 
 import functools
@@ -10,6 +10,8 @@ import math
 
 from pallas_kernels import configs
 from pallas_kernels.cost import Prediction
+
+FOLDER = configs.TABLES / "convolutions"
 
 
 def predict_convolution(
@@ -60,5 +62,5 @@ def predict_convolution(
 
 @functools.cache
 def _table(device: str) -> tuple[dict, ...]:
-    path = configs.TABLES / f"{device}-conv.json"
+    path = FOLDER / f"{device}.json"
     return tuple(json.loads(path.read_text())["entries"]) if path.exists() else ()

@@ -6,7 +6,7 @@ import pytest
 
 import pallas_kernels
 from benchmarks import conv
-from pallas_kernels import configs, conv_cost
+from pallas_kernels import conv_cost
 
 
 def test_the_layers_are_those_of_a_resnet50():
@@ -48,10 +48,10 @@ def test_the_program_runs_and_resumes(tmp_path, capsys, monkeypatch):
     assert [(r["pattern"], r["layout"]) for r in models] == [("dense", "NHWC"), ("dense", "NHWC"), ("shfl_bw", "CHWN")]
     assert all(r["relative_error"] < 3e-2 and r["time_us"] > 0 for r in models)
     assert models[-1]["compressed_layers"] == 5
-    monkeypatch.setattr(configs, "TABLES", tmp_path)
+    monkeypatch.setattr(conv_cost, "FOLDER", tmp_path)
     out.write_text(json.dumps({"records": [r | {"group_size": 32} for r in records]}))
     conv.main(["--size", "tiny", "--table", "--out", str(out)])
-    entries = json.loads((tmp_path / "cpu-conv.json").read_text())["entries"]
+    entries = json.loads((tmp_path / "cpu.json").read_text())["entries"]
     (measured,) = [r for r in records if r.get("default")]
     assert measured["implementation"] == "xla"
     problem = {"taps": 9, "slots": 9, "group_size": 32, "device": "cpu"}
