@@ -31,7 +31,8 @@ def summary(records: Sequence[Record]) -> list[Record]:
     """Means over the seeds: a record of op "accuracy_mean" for every task, pattern and sparsity.
 
     `value` is the mean of the task's measure and `difference` that of the paired differences to dense (see `gain`),
-    with the standard deviation over the seeds in the texts, and `differences` every seed's.
+    with the standard deviation over the seeds in the texts, and `differences` every seed's. `also` is a text about what
+    else the task measures.
     """
     groups = collections.defaultdict(list)
     for record in records:
@@ -62,9 +63,20 @@ def summary(records: Sequence[Record]) -> list[Record]:
                 "masked_text": f"{100 * values[0]:.2f}" if compressed else "",
                 "compressed_text": f"{100 * compressed[0]:.2f}" if compressed else "",
             }
+            | {"also": _also(group)}
             | {f"mean_{name}": float(np.mean([r[name] for r in group])) for name in NUMBERS if name in first}
         )
     return means
+
+
+def _also(group: Sequence[Record]) -> str:
+    """What a task measures besides, for a table."""
+    first = group[0]
+    if "bleu" in first:
+        return f"BLEU {_spread([record['bleu'] for record in group], '.2f')}"
+    if "character_accuracy" in first:
+        return f"{_spread([100 * record['character_accuracy'] for record in group], '.2f')}% of characters right"
+    return ""
 
 
 def gain(record: Record, other: Record, dense: Record) -> float:
