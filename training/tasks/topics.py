@@ -11,7 +11,7 @@ from training.loop import sample_windows
 from training.losses import bits_per_token
 from training.tasks.task import Recipe, Task
 
-RECIPE = Recipe(32, 800, 1000, 50, 2e-3, weight_decay=0.1, dropout=0.1)
+RECIPE = Recipe(32, 800, 1000, 50, 2e-3, weight_decay=0.1, dropout=0.2)
 """How all models are trained; see docs/accuracy.md for how it was chosen."""
 
 
