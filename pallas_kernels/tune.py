@@ -197,11 +197,12 @@ def _operands(problem: Problem, seed: int) -> tuple[RowGrouped, jax.Array, jax.A
 def _compile(job: tuple[str, Problem]) -> tuple[list, list]:
     """([(config, function), ...], [functions to compare with]): dense products, for other kernels Triton's."""
     implementation, problem = job
-    with timing.alone():  # XLA tries its dense kernels while it compiles them
-        operands = _operands(problem, 0)
-        rivals = list(_dense(problem.op, problem.m, problem.k, problem.n, problem.dtype)) if _is_first(job) else []
-    if not _is_first(job):
-        rivals.append(_build(product(problem.op, None), *operands))
+    operands = _operands(problem, 0)
+    if _is_first(job):
+        with timing.alone():  # XLA tries its dense kernels while it compiles them
+            rivals = list(_dense(problem.op, problem.m, problem.k, problem.n, problem.dtype))
+    else:
+        rivals = [_build(product(problem.op, None), *operands)]
     space = search_space(implementation, problem)
     candidates = [(c, _build(product(problem.op, c, implementation), *operands)) for c in space]
     return [(c, f) for c, f in candidates if f is not None], rivals
