@@ -32,7 +32,7 @@ def records_of(task, label, values, sparsity=0.75, higher=True):
         ("digits", ["dense", "VW 32"]),
         ("topics", ["dense", "EW"]),
         ("translation", ["dense", "2:4"]),
-        ("shapes", ["dense", "EW"]),
+        ("shapes", ["dense", "VW 32"]),
     ],
 )
 def test_every_task_trains_and_leaves_records(tmp_path, name, labels):

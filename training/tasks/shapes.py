@@ -155,4 +155,5 @@ def task(smoke: bool = False) -> Task:
         draw=draw,
         loss=loss,
         evaluate=classification,
+        compressed=True,
     )
