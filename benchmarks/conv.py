@@ -2,7 +2,8 @@
 
 Writes `benchmarks/results/<device>/conv.json`: every distinct convolution of ResNet-50, our implementations against
 XLA's dense convolution in NHWC and NCHW (1 x 1 ones as products with channels first too), and PyTorch's in
-channels-last (`benchmarks.baselines`, in a subprocess); with `--model` ResNet-50 whole. A case and its baselines are
+channels-last (`benchmarks.baselines`, in a subprocess); with `--model` ResNet-50 whole; `--table` makes the table of
+`predict_convolution` of what is there. A case and its baselines are
 measured in one call, by CUPTI kernel time, with a cold L2, on random data; the baselines of a shape once a call. A case
 already in the file is skipped; the cases of the acceptance table come first; a call ends by itself after `--minutes`.
 
@@ -356,6 +357,7 @@ def write_table(results: pathlib.Path) -> None:
             slots = -(-r["m"] // r["group_size"]) * round(r["k"] * (1 - r["sparsity"]))
             entry = {key: r[key] for key in ("m", "k", "n", "group_size", "dtype", "time_us", "dense_time_us")}
             entries.append({"taps": r["kernel_size"][0] * r["kernel_size"][1], "slots": slots} | entry)
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps({"entries": entries}, indent=1) + "\n")
 
 

@@ -210,7 +210,7 @@ def record(case: Case, row: dict[str, str]) -> dict[str, Any]:
 def main(arguments: Iterable[str] | None = None) -> int:
     """Command line; returns its exit status."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=pathlib.Path)
+    parser.add_argument("--out", type=pathlib.Path, help="default: the results file, for all cases alone")
     parser.add_argument("--case", type=int, nargs="+", default=range(len(CASES)), help="indices into the cases")
     parser.add_argument("--launch", type=int, nargs="+", help=argparse.SUPPRESS)
     options = parser.parse_args(None if arguments is None else list(arguments))
@@ -250,6 +250,9 @@ def main(arguments: Iterable[str] | None = None) -> int:
     order = {dataclasses.astuple(case): i for i, case in enumerate(CASES)}
     fields = [field.name for field in dataclasses.fields(Case)]
     records.sort(key=lambda r: order[tuple(r[name] for name in fields)])
+    if options.out is None and len({tuple(r[name] for name in fields) for r in records}) < len(CASES):
+        print("not all cases were counted: nothing is written without --out", file=sys.stderr)
+        return 1
     out = options.out or RESULTS / device / "counters.json"
     result = {"device": device, "jax": jax.__version__, "date": str(datetime.date.today())}
     out.parent.mkdir(parents=True, exist_ok=True)

@@ -5,7 +5,7 @@ A document holds a block of this form, and `python -m benchmarks.documents` writ
     <!-- table {"file": "cpu/demo.json", "columns": {"pattern": "{pattern}", "speed-up": "{speedup:.2f}"}} -->
     <!-- end table -->
 
-`file` lies under `benchmarks/results`, or is a table of configs relative to it; `where` keeps the records whose keys
+`file` lies under `benchmarks/results`; `where` keeps the records whose keys
 have these values (a list: one of them); `columns` maps headings to `str.format` templates over a record; `sort`, a list
 of keys, orders the rows; `fastest_by`, a list of keys, keeps of the records that agree in them the one with the least
 time.
@@ -37,9 +37,7 @@ def table(spec: Mapping[str, Any], results: Path = RESULTS) -> str:
     path = results / spec["file"]
     if not path.is_file():
         raise ValueError(f'{path} does not exist; run the benchmark that writes it, or correct the block\'s "file"')
-    content = json.loads(path.read_text())
-    found = content["records"] if "records" in content else content["entries"]
-    records = [r for r in found if _fits(r, spec.get("where", {}))]
+    records = [r for r in json.loads(path.read_text())["records"] if _fits(r, spec.get("where", {}))]
     if by := spec.get("fastest_by"):
         fastest: dict[tuple, Mapping[str, Any]] = {}
         for record in sorted(records, key=lambda r: r["time_us"]):

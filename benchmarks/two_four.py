@@ -153,7 +153,7 @@ def measure(case: Case, matrix: RowGrouped, compiled: dict[Candidate, Any], dens
         if isinstance(function, str):
             print(f"{case} {candidate}: {function}", flush=True)
             continue
-        error = float(tune._error(function(matrix, x), want))
+        error = float(tune.relative_error(function(matrix, x), want))
         if not error < tune.LARGEST_ERROR:
             print(f"wrong by {error}: {case} {candidate}", flush=True)
             continue

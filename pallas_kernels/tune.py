@@ -243,7 +243,7 @@ def _measure(job: tuple[str, Problem], candidates: list, rivals: list) -> dict[s
         want = rivals[0](*first)
     best: dict[str, Any] = {}
     for config, function in candidates:
-        if not float(_error(function(*first), want)) <= LARGEST_ERROR:  # NaN is not
+        if not float(relative_error(function(*first), want)) <= LARGEST_ERROR:  # NaN is not
             continue
         time_us, kernels = timing.median_us(function, sparse_sets)
         if not best or time_us < best["time_us"]:
@@ -258,7 +258,8 @@ def copies(arguments: tuple) -> list[tuple]:
 
 
 @jax.jit
-def _error(got, want):
+def relative_error(got: jax.Array, want: jax.Array) -> jax.Array:
+    """The norm of a difference over that of what is wanted: float32 scalar."""
     got, want = got.astype(jnp.float32), want.astype(jnp.float32)
     return jnp.linalg.norm(got - want) / jnp.linalg.norm(want)
 

@@ -164,7 +164,7 @@ def merge(path: Path, others: Sequence[Path]) -> dict[str, Any]:
         found.setdefault((record["task"], record["label"], record["sparsity"], record["seed"]), record)
     order = {key: i for i, key in enumerate((name, c.label, c.sparsity) for name in TASKS for c in cases())}
     records = sorted(found.values(), key=lambda r: (order[r["task"], r["label"], r["sparsity"]], r["seed"]))
-    return _write(path, records, documents[0])
+    return _write(path, records, documents[0] | {"date": max(document["date"] for document in documents)})
 
 
 def _write(path: Path, records: list[dict[str, Any]], origin: dict[str, Any] | None = None) -> dict[str, Any]:
@@ -308,11 +308,14 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--merge", nargs="+", type=Path, metavar="FILE", help="train nothing, add these files' records")
     parser.add_argument("--plot", type=Path, help="draw the results file's picture there; needs matplotlib")
     options = parser.parse_args(argv)
-    default = Path(__file__).parent.parent / "benchmarks" / "results" / device() / "accuracy.json"
+    name = json.loads(options.merge[0].read_text(encoding="utf-8"))["device"] if options.merge else device()
+    default = Path(__file__).parent.parent / "benchmarks" / "results" / name / "accuracy.json"
     path = options.out or (Path("runs/accuracy/accuracy.json") if options.smoke else default)
     if options.merge:
         document = merge(path, options.merge)
     elif options.table:
+        if not path.exists():
+            parser.error(f"{path} does not exist; name a results file with --out")
         document = json.loads(path.read_text(encoding="utf-8"))
     else:
         document = run(path, options.task, options.minutes, options.seeds, options.smoke, options.patterns)

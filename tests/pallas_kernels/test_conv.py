@@ -137,7 +137,8 @@ def check(case, implementation, matrix, dense, rng, dtype=jnp.float32, tolerance
     expected, dy = reference(case, dense, x, bias) + np.asarray(addend, np.float64), np.asarray(dy, np.float64)
     if case.activation == "relu":
         # Where a half-precision sum is rounded to zero or across it the result has decided; it is compared below.
-        dy, expected = dy * (np.asarray(y) > 0), np.maximum(expected, 0)
+        positive = (expected if dtype == jnp.float32 else np.asarray(y)) > 0
+        dy, expected = dy * positive, np.maximum(expected, 0)
     dw, *others = reference(case, dense, x, bias, dy)
     stored = np.asarray(pk.to_dense(pk.RowGrouped(jnp.ones_like(dvalues), matrix.topology)), np.float64)
     spread = np.asarray(pk.to_dense(pk.RowGrouped(dvalues, matrix.topology)), np.float64)
