@@ -103,13 +103,13 @@ def heuristic(problem: Problem) -> Config:
         split = _power_of_two(max(1, min(264 // max(tiles, 1), problem.n // 512)))
         return Config(max(rows_of_tile, 16), 64 // wide, num_stages=3, split=split)
     if problem.op == "grad_input":
-        tokens, block_k = _token_tile(problem.n, 128), min(rows, 128 // wide)
+        tokens = _token_tile(problem.n, 128)
         if problem.n <= 64:
-            return Config(64, tokens, block_k, num_stages=3, prefetch=True, split=4)
+            return Config(64, tokens, min(rows, 128 // wide), num_stages=3, prefetch=True, split=4)
         # Large tiles read W and dY less often, and partial sums of many tokens cost more than idle multiprocessors.
         tiles = -(-problem.k // 128) * -(-problem.n // tokens)
         split = _power_of_two(min(8, 132 // tiles))
-        return Config(128, tokens, block_k, num_stages=3, prefetch=True, split=split)
+        return Config(128, tokens, min(rows, 64 // wide), prefetch=True, num_stages=4, split=split)
     if problem.n > 256:
         if rows == 128 and problem.n % 256 == 0:
             return Config(128, 256, 64 // wide, num_warps=8, num_stages=5, early_rows=True)

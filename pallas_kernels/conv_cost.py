@@ -51,7 +51,7 @@ def predict_convolution(
         for entry in (_table(configs.device_name(device)) if device else ())
         if (entry["group_size"], entry["dtype"], entry["taps"] == 1) == (group_size, dtype, taps == 1)
     ]
-    if not same:
+    if not same or not all(wanted.values()):
         return None
     entry = min(same, key=distance)
     return Prediction(

@@ -54,7 +54,7 @@ def predict(
         The two times, or None where the device has no table or the table nothing of this group size and dtype.
     """
     problem = Problem("forward", m, k, n, slots, group_size, jnp_name(dtype), equal)
-    entry = _nearest(problem, device, "triton")
+    entry = _nearest(problem, device, "triton") if min(m, k, n, slots) > 0 else None
     if entry is None:
         return None
     measured = Problem(**{field.name: entry[field.name] for field in dataclasses.fields(Problem)})
@@ -62,7 +62,7 @@ def predict(
     dense = entry["dense_time_us"] * _dense_roofline(problem) / _dense_roofline(measured)
     if mosaic_gpu.can(problem) and mosaic_gpu.is_faster(problem, device):
         faster = _nearest(problem, device, "mosaic_gpu")
-        sparse *= faster["time_us"] / faster["triton_time_us"] if faster else 1
+        sparse *= min(1, faster["time_us"] / faster["triton_time_us"]) if faster else 1
     if layout == "token_major" and n > 1:
         moved = 2 * (m + k) * n * problem.itemsize
         sparse += LAUNCH_US + moved / TRANSPOSE_BYTES_PER_US

@@ -102,6 +102,9 @@ def grad_values(
         layout: see `matmul`.
         precision: ignored, as in `forward`.
         config: a `mosaic_gpu_grad.Config`; None takes the `tuned` one where this kernel is faster.
+
+    Raises:
+        NotImplementedError: a config is given for a matrix that the kernel cannot do.
     """
     if layout == "token_major":
         x, dy = x.T, dy.T
@@ -110,6 +113,8 @@ def grad_values(
         config = _config_of_values(topology, problem)
     if config is None:
         return triton.grad_values(topology, x, dy, layout="feature_major", precision=precision)
+    if not _has_whole_groups(topology):
+        raise NotImplementedError("the Mosaic kernel for dValues takes equal counts without padding, and whole groups")
     product = functools.partial(
         hopper.kernel("mosaic_gpu_grad").product,
         count=topology.max_count,
@@ -125,14 +130,20 @@ def grad_values(
 
 def _config_of_values(topology: Topology, problem: configs.Problem) -> Any:
     """The config for dValues, None where Triton's kernel has to be taken or is faster."""
-    padded = topology.counts is not None or topology.num_groups * topology.group_size != topology.m
     try:
+        hopper.check(topology, problem.dtype)
         count, device = hopper.multiprocessors(), triton_tiles.device_kind()
     except NotImplementedError:
         return None
-    if padded or not topology.equal_counts or not can(problem):
+    if not _has_whole_groups(topology) or not can(problem):
         return None
     return tuned(problem, device) if is_faster(problem, device, count) else None
+
+
+def _has_whole_groups(topology: Topology) -> bool:
+    """Whether no slot is padding and no row a sentinel, with as many slots in every group."""
+    whole = topology.num_groups * topology.group_size == topology.m
+    return topology.counts is None and topology.equal_counts and whole
 
 
 def heuristic(group_size: int, tokens: int):

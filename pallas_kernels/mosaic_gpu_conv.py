@@ -8,6 +8,7 @@ from pallas_kernels import hopper, mosaic_gpu, triton_conv, triton_tiles
 
 grad_input = triton_conv.grad_input
 grad_values = triton_conv.grad_values
+grad_values_two_four = triton_conv.grad_values_two_four
 ADDS = True  # `forward` takes an addend
 NARROW = 0.6  # what a tile of 128 tokens takes, of the time of one of 256
 FEW_STEPS = 4

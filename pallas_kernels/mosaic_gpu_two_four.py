@@ -58,8 +58,8 @@ def forward_two_four(matrix, x, bias, *, activation, layout, precision, config=N
     used = config.shared_memory(topology.group_size, packed=True)
     if used > kernel.SHARED_MEMORY:
         raise NotImplementedError(f"{config} takes {used} bytes of shared memory")
-    if n == 0 or not triton_tiles.is_aligned(topology, config.block_k):
-        raise NotImplementedError(f"the Mosaic kernel takes tokens, and steps of {config.block_k} slots: `prepare`")
+    if n == 0 or config.block_k % kernel.BLOCK_K or not triton_tiles.is_aligned(topology, config.block_k):
+        raise NotImplementedError(f"the Mosaic kernel takes tokens, and steps of {kernel.BLOCK_K} slots: `prepare`")
     product = functools.partial(
         kernel.product,
         m=topology.m,

@@ -78,6 +78,12 @@ def forward_two_four(matrix, x, bias, **kwargs):
     return forward(RowGrouped(expand(matrix).values, filled), x, bias, **kwargs)
 
 
+def grad_values_two_four(topology, x, dy, **kwargs):
+    """`grad_values` of a 2:4 matrix: all of the kept columns, of which the stored slots are taken."""
+    filled = two_four.fill(dataclasses.replace(topology, pairs=None))
+    return two_four.select(topology, grad_values(filled, x, dy, **kwargs))
+
+
 def grad_values(topology, x, dy, *, window, precision, config=None):
     """Computes dValues (P, V), zero on padding and on sentinel rows.
 

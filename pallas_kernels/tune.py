@@ -141,11 +141,14 @@ def tune(
             some = jobs[i : i + batch]
             compiled = list(pool.map(_compile, some))
             for (name, problem), functions in zip(some, compiled, strict=True):
-                if not functions[0]:
+                if not functions[0] or None in functions[1]:
                     progress.advance(task)
                     continue
                 with timing.alone():
                     entry = _measure((name, problem), *functions)
+                    if "config" not in entry:  # none agreed
+                        progress.advance(task)
+                        continue
                     table = _read(path)  # another call may have added to it
                     table["entries"].append(entry)
                     path.write_text(json.dumps(table | {"date": str(datetime.date.today())}, indent=1) + "\n")

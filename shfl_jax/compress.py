@@ -69,8 +69,13 @@ def compress(
 
     Raises:
         ValueError: the tree lacks a layer; a kernel or mask has a wrong shape or dtype; a kernel holds NaN or inf; one
-            array is stored at two paths (tied weights). The text names the layer and the fix. Nothing is changed.
+            array is stored at two paths (tied weights); `tokens` name a layer without a mask. The text names the layer
+            and the fix. Nothing is changed.
     """
+    unknown = sorted(set(tokens) - {spec.path for spec in masks.specs}) if isinstance(tokens, Mapping) else []
+    if unknown:
+        known = [spec.path for spec in masks.specs]
+        raise ValueError(f"tokens name {unknown}, for which there are no masks; there are masks for {known}")
     counts = {spec.path: tokens.get(spec.path, ()) if isinstance(tokens, Mapping) else tokens for spec in masks.specs}
     counts = {path: tuple(int(n) for n in np.atleast_1d(np.asarray(of, int))) for path, of in counts.items()}
     if any(n < 1 for of in counts.values() for n in of):

@@ -1,6 +1,6 @@
 """NNX: finding the layers of a model, and replacing them by compressed ones."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -53,7 +53,11 @@ def resolve(plan: Plan, model: nnx.Module, *example_inputs: Any, **call_kwargs: 
 
 
 def sparsify(
-    model: nnx.Module, masks: Masks, *, tokens: int | Sequence[int] = (), dtype: DTypeLike | None = None
+    model: nnx.Module,
+    masks: Masks,
+    *,
+    tokens: int | Sequence[int] | Mapping[str, int | Sequence[int]] = (),
+    dtype: DTypeLike | None = None,
 ) -> nnx.Module:
     """Compresses a model. On the host.
 

@@ -9,6 +9,7 @@ import jax
 from jax import export
 
 from pallas_kernels import RowGrouped, Topology
+from pallas_kernels.windows import Window
 from shfl_jax.compress import LayerTopology
 from shfl_jax.layers import LayerSpec
 from shfl_jax.patterns import Pattern
@@ -55,10 +56,10 @@ def _register(kind: type) -> None:
     meta = [name for name in names if name not in data]
 
     def encode(aux_data: tuple[Any, ...]) -> bytes:
-        return json.dumps([encode_spec(v) if isinstance(v, LayerSpec) else v for v in aux_data]).encode()
+        return json.dumps([_encoded(v) for v in aux_data]).encode()
 
     def decode(data: bytes) -> tuple[Any, ...]:
-        return tuple(decode_spec(v) if isinstance(v, dict) else _tuples(v) for v in json.loads(data))
+        return tuple(_decoded(v) for v in json.loads(data))
 
     def from_children(aux_data: Any, children: Any) -> Any:
         return kind(**dict(zip(data, children, strict=True)), **dict(zip(meta, aux_data, strict=True)))
@@ -70,6 +71,21 @@ def _register(kind: type) -> None:
         deserialize_auxdata=decode,
         from_children=from_children,
     )
+
+
+def _encoded(value: Any) -> Any:
+    """The JSON form of a static field."""
+    if isinstance(value, LayerSpec):
+        return encode_spec(value)
+    return {"window": dataclasses.asdict(value)} if isinstance(value, Window) else value
+
+
+def _decoded(value: Any) -> Any:
+    if not isinstance(value, dict):
+        return _tuples(value)
+    if "window" in value:
+        return Window(**{name: _tuples(sizes) for name, sizes in value["window"].items()})
+    return decode_spec(value)
 
 
 def _tuples(value: Any) -> Any:

@@ -12,7 +12,16 @@ from jax.experimental.mosaic.gpu import fragmented_array as layouts
 from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
 
 import pallas_kernels as pk
-from pallas_kernels import mosaic_gpu, mosaic_gpu_conv, triton_conv, triton_tiles, tune, windows
+from pallas_kernels import (
+    configs,
+    mosaic_gpu,
+    mosaic_gpu_conv,
+    mosaic_gpu_grad,
+    triton_conv,
+    triton_tiles,
+    tune,
+    windows,
+)
 from pallas_kernels import mosaic_gpu_forward as kernel
 from pallas_kernels import mosaic_gpu_ptx as ptx
 from pallas_kernels.hopper import GROUP_SIZES, HOPPER
@@ -130,6 +139,17 @@ def test_dvalues_take_it_where_every_multiprocessor_has_a_tile(count, n, m, take
     ragged = tune.random_matrix(m, 1024, 0.5, 128, equal=False).topology
     text = lower(functools.partial(mosaic_gpu.grad_values, ragged, layout="feature_major", precision=None), x, dy)
     assert "xla.gpu.triton" in text
+    config = mosaic_gpu_grad.Config()
+    with gpu_mesh(), pytest.raises(NotImplementedError, match="equal counts"):
+        mosaic_gpu.grad_values(ragged, x, dy, layout="feature_major", precision=None, config=config)
+
+
+def test_dvalues_of_other_dtypes_are_not_its_own():
+    topology = tune.random_matrix(4096, 1024, 0.0, 128).topology
+    for dtype, taken in (("bfloat16", True), ("float64", False), ("float8_e4m3fn", False)):
+        problem = configs.Problem("grad_values", 4096, 1024, 512, topology.num_slots, 128, dtype)
+        with gpu_mesh():
+            assert (mosaic_gpu._config_of_values(topology, problem) is not None) == taken
 
 
 @pytest.mark.parametrize(("change", "n", "kind", "match"), [

@@ -90,6 +90,19 @@ def test_the_default_takes_it_where_it_pays(v, n, taken):
     assert ("xla.gpu.triton" in text) != taken
 
 
+def test_steps_that_are_none_fall_through():
+    # 48 slots a group, as they are compressed: no whole step of 64.
+    matrix = pk.from_dense_two_four(
+        np.ones((256, 96)),
+        np.arange(256, dtype=np.int32),
+        np.tile(np.arange(48, dtype=np.int32), (2, 1)),
+        np.tile(np.arange(96) % 4 < 2, (256, 1)) & (np.arange(96) < 48),
+    )
+    matrix = pk.RowGrouped(matrix.values.astype(jnp.bfloat16), matrix.topology)
+    text = lower(functools.partial(pk.matmul, layout="feature_major"), matrix, jnp.zeros((96, 16), jnp.bfloat16))
+    assert "xla.gpu.triton" in text
+
+
 def test_by_name_gradients_and_vmap_lower_for_cuda():
     matrix, x, _ = operands(128, 40)
     call = functools.partial(pk.matmul, implementation="mosaic_gpu")

@@ -176,6 +176,8 @@ def test_convolutions_are_looked_up_by_their_own_counts(monkeypatch):
     assert sparse["topology"]["a"]["kernel"].dense_because == ""
     assert "0.50 of dense speed for 200 tokens" in sparse["topology"]["b"]["kernel"].dense_because
     assert sparse["topology"]["b"]["kernel"].tokens == (50, 200)
+    with pytest.raises(ValueError, match=r"tokens name \['c/kernel'\]"):
+        shfl_jax.compress(params, masks, tokens={"c/kernel": 64})
     asked.clear()
     assert shfl_jax.compress(params, masks, tokens={})["topology"]["b"]["kernel"].dense_because == ""
     assert not asked

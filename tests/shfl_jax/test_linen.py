@@ -8,7 +8,9 @@ from flax import linen as nn
 from jax import export
 from jax.extend import core
 
+import pallas_kernels as pk
 import shfl_jax
+from pallas_kernels import tune, windows
 from shfl_jax import VW, Mask, Masks, Plan, linen
 
 PATTERN = VW(0.6, group_size=4)
@@ -249,6 +251,15 @@ def test_export_round_trip(x, stacked):
     exported = export.export(jax.jit(lambda v, x: linen.apply(Stacked(), v, x)))(stacked[1], x)
     restored = export.deserialize(bytearray(exported.serialize()))
     close(restored.call(stacked[1], x), run(nn.Module.apply, Stacked(), stacked[0], x))
+
+
+def test_export_of_filters_that_were_prepared_for_a_window():
+    window = windows.window((6, 6), 4, (3, 3), (2, 2), "SAME", (1, 1))
+    filters = pk.prepare(tune.random_matrix(16, 36, 0.5, 16, dtype="float32"), "triton", window=window)
+    assert filters.topology.window == window
+    exported = export.export(jax.jit(lambda filters: filters.topology.columns + 1))(filters)
+    restored = export.deserialize(bytearray(exported.serialize()))
+    np.testing.assert_array_equal(restored.call(filters), filters.topology.columns + 1)
 
 
 def test_compressed_kernels_in_other_modules_are_errors_that_name_them(x):
