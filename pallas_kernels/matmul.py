@@ -28,7 +28,6 @@ BACKENDS: dict[str, ModuleType] = {"mosaic_gpu": mosaic_gpu, "triton": triton, "
 CONV_BACKENDS: dict[str, ModuleType] = {"mosaic_gpu": mosaic_gpu_conv, "triton": triton_conv, "xla": xla_conv}
 # What `implementation=None` tries on each platform, fastest first; every other platform uses XLA.
 PREFERENCE: dict[str, tuple[str, ...]] = {"cuda": ("mosaic_gpu", "triton")}
-CONV_PREFERENCE = PREFERENCE
 FALLBACK = "xla"
 
 
@@ -45,11 +44,6 @@ class Call(NamedTuple):
     def backends(self) -> dict[str, ModuleType]:
         """The implementations of this operation."""
         return BACKENDS if self.window is None else CONV_BACKENDS
-
-    @property
-    def preference(self) -> dict[str, tuple[str, ...]]:
-        """What `implementation=None` tries for this operation."""
-        return PREFERENCE if self.window is None else CONV_PREFERENCE
 
     @property
     def options(self) -> dict[str, Any]:
@@ -222,7 +216,7 @@ def _dispatch(function: str, call: Call, *args, addend: jax.Array | None = None,
     def first_able(names: tuple[str, ...], addend: jax.Array | None, *args) -> jax.Array:
         return _first_able(call.backends, names, function, *args, addend=addend, **kwargs)
 
-    branches = {platform: functools.partial(first_able, names) for platform, names in call.preference.items()}
+    branches = {platform: functools.partial(first_able, names) for platform, names in PREFERENCE.items()}
     return lax.platform_dependent(addend, *args, default=functools.partial(first_able, ()), **branches)
 
 

@@ -317,14 +317,6 @@ def test_configs_lower_for_cuda_and_compute_the_same(config, equal):
             np.testing.assert_allclose(y, wanted, rtol=1e-4, atol=1e-4)
 
 
-@pytest.fixture
-def gpu():
-    try:
-        return jax.devices("cuda")[0].device_kind
-    except RuntimeError:
-        pytest.skip("needs a CUDA device")
-
-
 GPU_CASES = [
     Case((1, 1), strides=2, image=(9, 11), channels=150, m=100, v=64, batch=16, activation="relu"),
     Case((3, 3), image=(7, 9), channels=37, m=200, v=64, batch=24),

@@ -24,7 +24,7 @@ from pallas_kernels import (
 )
 from pallas_kernels import mosaic_gpu_forward as kernel
 from pallas_kernels import mosaic_gpu_ptx as ptx
-from pallas_kernels.hopper import GROUP_SIZES, HOPPER
+from pallas_kernels.hopper import GROUP_SIZES
 from pallas_kernels.row_grouped import to_dense
 
 Config = kernel.Config
@@ -405,19 +405,9 @@ def test_registers_come_in_the_order_the_store_expects():
     assert layouts.WGMMA_ROW_LAYOUT.registers_shape((128,)) == (2, 1, 2, 1, 1)
 
 
-@pytest.fixture
-def hopper():
-    try:
-        device = jax.devices("cuda")[0]
-    except RuntimeError:
-        pytest.skip("needs a CUDA device")
-    if not any(name in device.device_kind for name in HOPPER):
-        pytest.skip("needs a Hopper GPU")
-
-
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize(("v", "config"), ALL)
-def test_products_on_a_gpu(hopper, v, config, dtype):
+def test_products_on_a_gpu(on_hopper, v, config, dtype):
     for activation, equal, n in ((None, False, 520), ("gelu", True, 264), ("silu", False, 1048), ("relu", False, 264)):
         matrix, x, bias = operands(v, dtype, m=700, k=333, n=n, equal=equal)
         addend = jax.random.normal(jax.random.key(3), (700, n), dtype)
@@ -433,7 +423,7 @@ def test_products_on_a_gpu(hopper, v, config, dtype):
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize("v", GROUP_SIZES)
-def test_dvalues_on_a_gpu(hopper, v, dtype):
+def test_dvalues_on_a_gpu(on_hopper, v, dtype):
     for count, n in ((128, 384), (200, 1024)):  # a whole number of tiles, and not
         matrix = tune.random_matrix(2 * v, 333, 1 - count / 333, v, dtype=dtype)
         keys = jax.random.split(jax.random.key(2))
@@ -448,7 +438,7 @@ def test_dvalues_on_a_gpu(hopper, v, dtype):
             np.testing.assert_allclose(got, want, atol=0.02 * np.abs(want).max())
 
 
-def test_what_is_not_finite_and_unused_never_leaks_on_a_gpu(hopper):
+def test_what_is_not_finite_and_unused_never_leaks_on_a_gpu(on_hopper):
     matrix, x, _ = operands(128, m=256, k=200, n=520)
     used = np.unique(np.asarray(matrix.topology.columns))
     bad = np.array(x.astype(jnp.float32))

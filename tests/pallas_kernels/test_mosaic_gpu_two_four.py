@@ -11,10 +11,10 @@ import pytest
 from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
 
 import pallas_kernels as pk
-from pallas_kernels import hopper, mosaic_gpu_two_four, pairs
 from pallas_kernels import mosaic_gpu_forward as kernel
 from pallas_kernels import mosaic_gpu_ptx as ptx
 from pallas_kernels import mosaic_gpu_sparse as sparse
+from pallas_kernels import mosaic_gpu_two_four, pairs
 from pallas_kernels.row_grouped import to_dense
 
 Config = kernel.Config
@@ -106,7 +106,10 @@ def test_steps_that_are_none_fall_through():
 def test_by_name_gradients_and_vmap_lower_for_cuda():
     matrix, x, _ = operands(128, 40)
     call = functools.partial(pk.matmul, implementation="mosaic_gpu")
-    loss = lambda v, x: call(pk.RowGrouped(v, matrix.topology), x).astype(jnp.float32).sum()  # noqa: E731
+
+    def loss(values, x):
+        return call(pk.RowGrouped(values, matrix.topology), x).astype(jnp.float32).sum()
+
     text = lower(jax.value_and_grad(loss, (0, 1)), matrix.values, x.T)
     assert "wgmma.mma_async.sp" in text
     assert "xla.gpu.triton" in text
@@ -158,7 +161,10 @@ def test_positions_come_as_the_tensor_cores_want_them(monkeypatch, rows, first_r
     monkeypatch.setattr(ptx, "_i32", int)
     monkeypatch.setattr(sparse, "_strides", lambda ref: (4 * (first_row + rows), 256, 64, 1))
     monkeypatch.setattr(ptx, "_shared", lambda ref: ref)
-    load = lambda text, at, kind: [memory[int(low)] | memory[int(high)] << 16 for low, high in zip(*at, strict=True)]  # noqa: E731
+
+    def load(text, at, kind):
+        return [memory[int(low)] | memory[int(high)] << 16 for low, high in zip(*at, strict=True)]
+
     monkeypatch.setattr(ptx, "_emit", load)
     for block in range(rows // 64):
         registers = sparse._positions(base + (first_row // 64) * 512, block, 0)
@@ -169,16 +175,6 @@ def test_positions_come_as_the_tensor_cores_want_them(monkeypatch, rows, first_r
                 nibble = registers[32 * warp + 4 * q + 2 * select + pair] >> 4 * (4 * half + i) & 15
                 first, second = two[four, first_row + 64 * block + row]
                 assert nibble == first | second << 2
-
-
-@pytest.fixture
-def on_hopper():
-    try:
-        device = jax.devices("cuda")[0]
-    except RuntimeError:
-        pytest.skip("needs a CUDA device")
-    if not any(name in device.device_kind for name in hopper.HOPPER):
-        pytest.skip("needs a Hopper GPU")
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
