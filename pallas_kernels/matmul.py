@@ -125,7 +125,7 @@ def prepare(matrix: RowGrouped, implementation: str | None = None, window: Windo
         platform = jax.default_backend()  # JAX calls CUDA "gpu" here, and "cuda" where it lowers
         names = PREFERENCE.get("cuda" if platform == "gpu" else platform, ())
         prepared = _first_able(BACKENDS, names, "prepare", matrix)
-    if window is None or window.is_matmul:
+    if window is None or (window.is_matmul and prepared.topology.counts is None):
         return prepared
     places = triton_conv.slot_places(prepared.topology, window)
     return RowGrouped(prepared.values, dataclasses.replace(prepared.topology, places=places, window=window))

@@ -37,7 +37,8 @@ def forward(matrix, x, bias, *, window, activation, precision, addend=None, conf
     if batch == 0 or batch % triton_tiles.VECTOR:
         raise NotImplementedError(f"the Mosaic kernel needs images in multiples of 8, got {batch}")
     config = heuristic(topology, window, batch) if config is None else config
-    if window.is_matmul:
+    # Padding is not read, as a product would: where filters have few columns it is most of a step.
+    if window.is_matmul and topology.counts is None:
         ids, x, window = topology.columns, x.reshape(topology.k, -1), None
     else:
         ids, x = triton_conv.slot_places(topology, window).reshape(-1), x.reshape(-1, batch)

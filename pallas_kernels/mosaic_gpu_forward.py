@@ -70,13 +70,16 @@ class Config:
 def schedule(
     segments: tuple[tuple[int, int], ...], token_tiles: int, programs: int, band: int, block_k: int = BLOCK_K
 ) -> np.ndarray:
-    """Deals the tiles of a product out to programs.
+    """Deals the tiles of a product out to programs, longest first to whoever is free.
+
+    That is within a third of the best, and far closer with many tiles. Where all groups have as many slots `dealt` does
+    without a table.
 
     Args:
         segments: ((groups, slots), ...), the segment lengths in the order of the groups, multiples of `block_k`.
         token_tiles: tiles along the tokens.
         programs: how many programs there are, at most one per tile.
-        band: see `Config`.
+        band: see `Config`; the order of tiles that are as long.
         block_k: see `Config`.
 
     Returns:
@@ -88,16 +91,11 @@ def schedule(
     bands = [range(start, min(start + band, token_tiles)) for start in range(0, token_tiles, band)]
     order = [(group, n) for tiles in bands for group in range(len(steps)) for n in tiles]
     lists: list[list[tuple[int, int]]] = [[] for _ in range(programs)]
-    if (steps == steps[0]).all():
-        for i, tile in enumerate(order):
-            lists[i % programs].append(tile)
-    else:
-        # Longest first to whoever is free: within a third of the best, and far closer with many tiles.
-        load = [(0, program) for program in range(programs)]
-        for group, n in sorted(order, key=lambda tile: -steps[tile[0]]):
-            total, program = heapq.heappop(load)
-            lists[program].append((group, n))
-            heapq.heappush(load, (total + int(steps[group]) + TILE_COST, program))
+    load = [(0, program) for program in range(programs)]
+    for group, n in sorted(order, key=lambda tile: -steps[tile[0]]):
+        total, program = heapq.heappop(load)
+        lists[program].append((group, n))
+        heapq.heappush(load, (total + int(steps[group]) + TILE_COST, program))
     table = np.zeros((programs, max(map(len, lists)) + 2, 4), np.int32)
     for program, tiles in enumerate(lists):
         table[program, 0, 0] = len(tiles)
@@ -105,6 +103,32 @@ def schedule(
             table[program, i + 1] = first[group], steps[group], group, n
     table.setflags(write=False)
     return table
+
+
+def dealt(program, i, *, groups: int, steps: int, token_tiles: int, programs: int, band: int) -> tuple:
+    """The i-th tile of a program where every group has as many steps: tiles are dealt out in turn, band after band.
+
+    Working it out takes a program less time than to load it: the first tile of all waits for it.
+
+    Args:
+        program: () int32.
+        i: () int32.
+        groups: how many there are.
+        steps: of every group.
+        token_tiles: see `schedule`.
+        programs: see `schedule`.
+        band: see `Config`.
+
+    Returns:
+        A tile's row of `schedule`, () int32 each; zeros behind the program's last tile.
+    """
+    tile = program + i * programs
+    first_of_band = lax.div(tile, groups * band) * band
+    width = band if token_tiles % band == 0 else jnp.minimum(band, token_tiles - first_of_band)
+    in_band = tile - first_of_band * groups
+    group = lax.div(in_band, width)
+    row = group * steps, steps, group, first_of_band + in_band - group * width
+    return tuple(jnp.where(tile < groups * token_tiles, value, 0) for value in row)
 
 
 def product(
@@ -140,10 +164,19 @@ def product(
     groups, token_tiles = sum(count for count, _ in segments), pl.cdiv(n, c.block_tokens * c.cluster)
     tiles = groups * token_tiles
     programs = min(multiprocessors // c.cluster, tiles) if c.persistent else tiles
-    work = schedule(segments, token_tiles, programs, max(1, c.band // c.cluster), c.block_k)
+    band, lengths = max(1, c.band // c.cluster), {slots // c.block_k for _, slots in segments}
+    work = deal = None
+    if len(lengths) == 1:
+        deal = functools.partial(
+            dealt, groups=groups, steps=lengths.pop(), token_tiles=token_tiles, programs=programs, band=band
+        )
+    else:
+        work = jnp.asarray(schedule(segments, token_tiles, programs, band, c.block_k))
+    optional = {"work": work, "bias": bias, "addend": addend, "words": words}
+    optional = {name: a for name, a in optional.items() if a is not None}
     body = functools.partial(
-        _body, config=c, v=v, m=m, n=n, width=work.shape[1], has_bias=bias is not None, packed=packed,
-        has_addend=addend is not None, sentinels=sentinels, id_words=id_words, window=window, activation=activation,
+        _body, config=c, v=v, m=m, n=n, tiles=tiles, programs=programs, deal=deal, given=tuple(optional),
+        sentinels=sentinels, id_words=id_words, window=window, activation=activation,
     )  # fmt: skip
     ring = c.stages + c.ahead
     call = plgpu.kernel(
@@ -172,8 +205,7 @@ def product(
             lowering_semantics=plgpu.LoweringSemantics.Lane,
         ),
     )
-    args = [values, columns, rows, jnp.asarray(work.reshape(-1)), x]
-    return call(*args, *(a for a in (bias, addend, words) if a is not None))
+    return call(values, columns, rows, x, *optional.values())
 
 
 def _tiled(width: int, rows: int = 8):
@@ -195,23 +227,24 @@ def _activate(activation, y):
 
 
 def _body(
-    values, columns, rows, work, x, *refs,
-    config, v, m, n, width, has_bias, has_addend, packed, sentinels, id_words, window, activation,
+    values, columns, rows, x, *refs,
+    config, v, m, n, tiles, programs, deal, given, sentinels, id_words, window, activation,
 ):  # fmt: skip
-    bias, refs = (refs[0], refs[1:]) if has_bias else (None, refs)
-    addend, refs = (refs[0], refs[1:]) if has_addend else (None, refs)
-    words, refs = (refs[0], refs[1:]) if packed else (None, refs)
-    y, a_tiles, b_tiles, ids, gathered, a_full, ids_full, empty, word_tiles = refs
+    optional = dict(zip(given, refs, strict=False))
+    work, bias, addend, words = (optional.get(name) for name in ("work", "bias", "addend", "words"))
+    has_bias, has_addend, packed = bias is not None, addend is not None, words is not None
+    y, a_tiles, b_tiles, ids, gathered, a_full, ids_full, empty, word_tiles = refs[len(given) :]
     c = config
     program, block, warpgroup = lax.axis_index("program"), lax.axis_index("block"), lax.axis_index("warpgroup")
     plain, splat = plgpu.RefType(), plgpu.Layout.WG_SPLAT
     _inline(functools.partial(ptx.init_barriers, count=c.stages, arrivals=ptx.WARPGROUP), plain)(gathered)
-    row = program * (4 * width)
-    count = work[row]
+    count = lax.div(tiles - 1 - program, programs) + 1 if work is None else work[program, 0, 0]
 
-    def entry(i, field):
-        value = work[row + 4 * (i + 1) + field]
-        return value * c.cluster + block if field == 3 else value
+    def entry(i):
+        """First step, steps, group and token tile of the program's i-th tile."""
+        found = deal(program, i) if work is None else tuple(work[program, i + 1, field] for field in range(4))
+        first, steps, group, token_tile = found
+        return first, steps, group, token_tile * c.cluster + block
 
     @pl.when(warpgroup == 2)
     def _produce():
@@ -241,8 +274,7 @@ def _body(
 
         def header(i):
             """Steps, group and token tile of a tile; behind the last one zeros."""
-            i = jnp.minimum(i, count)
-            return entry(i, 1), entry(i, 2), entry(i, 3)
+            return entry(jnp.minimum(i, count))[1:]
 
         def targets_of(group):
             load = functools.partial(ptx.stored_rows, count=height, layout=row_layout)
@@ -340,7 +372,7 @@ def _producer(
     gather = _inline(
         functools.partial(
             ptx.gather, tokens=x.shape[1] if window is None else n, block_k=c.block_k, block_tokens=c.block_tokens,
-            first=2 * ptx.WARPGROUP, sentinel=x.shape[0] if sentinels else None, window=window,
+            first=2 * ptx.WARPGROUP, sentinel=x.shape[0] if sentinels else None, window=window, masked=id_words == 2,
         ),
         plain, plain, plgpu.RefType(_tiled(c.block_tokens)), plain, splat, splat,
     )  # fmt: skip
@@ -358,7 +390,7 @@ def _producer(
         # Behind the last tile a row of zeros ends it: no steps left, and never exactly one again.
         return lax.cond(
             left == 1,
-            lambda: (tile + 1, entry(tile + 1, 0), entry(tile + 1, 1)),
+            lambda: (tile + 1, *entry(tile + 1)[:2]),
             lambda: (tile, block + 1, left - 1),
         )
 
@@ -370,7 +402,7 @@ def _producer(
             plgpu.copy_gmem_to_smem(piece, tiles.at[slot], a_full.at[slot], collective_axes="block")
 
     def tile(i, carry):
-        block, steps, token_tile = entry(i, 0), entry(i, 1), entry(i, 3)
+        block, steps, _, token_tile = entry(i)
 
         def one(k, carry):
             step, cursor = carry
@@ -389,11 +421,12 @@ def _producer(
 
         return lax.fori_loop(0, steps, one, carry)
 
-    cursor = jnp.int32(0), entry(0, 0), entry(0, 1)
+    first, steps, *_ = entry(0)
+    cursor = jnp.int32(0), first, steps
     cursor = lax.fori_loop(0, c.ahead, fetch_ids, cursor)
     # The first weights need not wait for the first ids.
-    early = jnp.minimum(entry(0, 1), c.stages)
-    lax.fori_loop(0, early, lambda k, _: copy_weights(k, entry(0, 0) + k), None)
+    early = jnp.minimum(steps, c.stages)
+    lax.fori_loop(0, early, lambda k, _: copy_weights(k, first + k), None)
     step, _ = lax.fori_loop(0, count, tile, (jnp.int32(0), cursor))
     for now in (step + i for i in range(c.stages)):  # nobody leaves while others have yet to arrive at its barriers
 

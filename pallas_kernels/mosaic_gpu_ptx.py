@@ -50,7 +50,7 @@ def wait(barriers, step, *, stages: int) -> None:
 
 def gather(
     x, ids, tile, barriers, token_tile, slot, *, tokens: int, block_k: int, block_tokens: int, first: int,
-    sentinel: int | None = None, window: Window | None = None,
+    sentinel: int | None = None, window: Window | None = None, masked: bool = False,
 ) -> None:  # fmt: skip
     """Starts copying `block_k` rows of the right side, `block_tokens` wide, to shared memory.
 
@@ -64,8 +64,8 @@ def gather(
     Args:
         x: (K, tokens) in global memory; with a window (C H W, B), B a multiple of 8.
         ids: (block_k,) int32 in shared memory, the rows to copy. With a window how many pixels a slot's tap lies behind
-            an output position's first tap; if that has borders (block_k, 2), the second the bits of the tap, see
-            `triton_conv.slot_tables`.
+            an output position's first tap; if `masked` (block_k, 2), the second the bits of the tap, see
+            `triton_conv.slot_places`.
         tile: (block_k, block_tokens) in shared memory, tiled and swizzled.
         barriers: as in `init_barriers`.
         token_tile: which tile of tokens; chunks behind the last token repeat the last chunk.
@@ -76,6 +76,7 @@ def gather(
         first: index of the warpgroup's first thread in the program.
         sentinel: an id that stands for a row of zeros, K; None where there is none.
         window: the geometry of a convolution, or None.
+        masked: whether a slot's tap may be outside of the image, or a slot have none.
     """
     # Eight tokens fill one chunk of a row. The others then keep what was there: nothing of it is ever stored.
     chunks = max(1, WARPGROUP // block_k) if tokens == 8 else block_tokens * 2 // CHUNK
@@ -85,11 +86,11 @@ def gather(
     token = arith.addi(_mul(token_tile.registers.item(), block_tokens), _mul(chunk, CHUNK // 2))
     token = arith.minui(token, _i32(tokens - CHUNK // 2))
     if window is None:
-        start, inside, pitch, padded = _wide(_mul(token, 2)), _i32(0), tokens * 2, False
+        start, inside, pitch = _wide(_mul(token, 2)), _i32(0), tokens * 2
     else:
         batch = tokens // window.positions
         start, inside = _corner(token, window, batch)
-        pitch, padded = batch * 2, window.is_padded
+        pitch = batch * 2
     source, target, ids = arith.addi(_global(x), start), _shared(tile), _shared(ids)
     row_bytes = min(block_tokens * 2, TILE_BYTES)
     tiles_in_row, row_chunks = block_tokens * 2 // row_bytes, row_bytes // CHUNK
@@ -98,7 +99,7 @@ def gather(
     i32, i64 = ir.IntegerType.get_signless(32), ir.IntegerType.get_signless(64)
     for part in range(0, len(rows), 16):  # more ids at once would take too many registers
         some = rows[part : part + 16]
-        if padded:
+        if masked:
             columns = [_emit("ld.shared.b64 $0, [$1];", [arith.addi(ids, _mul(r, 8))], i64) for r in some]
         else:
             columns = [_emit("ld.shared.b32 $0, [$1];", [arith.addi(ids, _mul(r, 4))], i32) for r in some]
@@ -109,7 +110,7 @@ def gather(
             turn = arith.divui(in_tile, _i32(TILE_ROWS // row_chunks))
             offset = arith.addi(offset, _mul(arith.xori(turn, chunk_in_tile), CHUNK))
             place, size = arith.addi(target, offset), []  # bytes to read; the others of the 16 are zeros
-            if padded:
+            if masked:
                 bits, column = arith.trunci(i32, arith.shrui(column, _i64(32))), arith.trunci(i32, column)
                 met = arith.cmpi(arith.CmpIPredicate.eq, arith.andi(bits, inside), bits)
                 size = [arith.select(met, _i32(CHUNK), _i32(0))]

@@ -18,7 +18,7 @@ from jax.experimental.pallas import triton as plgpu
 
 from pallas_kernels import configs, triton, two_four
 from pallas_kernels.configs import Config
-from pallas_kernels.row_grouped import INT32_MAX, RowGrouped, Topology, expand
+from pallas_kernels.row_grouped import INT32_MAX, RowGrouped, Topology, expand, slot_is_real
 from pallas_kernels.triton_forward import ACTIVATIONS, FAST_ACTIVATIONS
 from pallas_kernels.triton_grad import decompress, real_counts
 from pallas_kernels.triton_tiles import (
@@ -148,11 +148,17 @@ def slot_tables(topology: Topology, window: Window) -> tuple[jax.Array, jax.Arra
 
 
 def slot_places(topology: Topology, window: Window) -> jax.Array:
-    """Where the slots point, in one array: (P, 2) int32 of `slot_tables`, or without borders (P,) of its first."""
+    """Where the slots point, in one array: (P, 2) int32 of `slot_tables`, padding as slots without a column.
+
+    Where no tap can be outside of the image and no slot is padding, (P,) of the first table is enough.
+    """
     if topology.places is not None and topology.window == window:
         return topology.places
+    if topology.counts is not None:
+        columns = jnp.where(slot_is_real(topology), topology.columns, topology.k)
+        topology = dataclasses.replace(topology, columns=columns)
     pixels, bits = slot_tables(topology, window)
-    return jnp.stack([pixels, bits], axis=-1) if window.is_padded else pixels
+    return jnp.stack([pixels, bits], axis=-1) if window.is_padded or topology.counts is not None else pixels
 
 
 def check_window(window: Window) -> None:

@@ -176,7 +176,7 @@ def test_what_is_not_arranged_for_it_falls_through():
 
 @pytest.mark.parametrize("band", [1, 3, 16])
 @pytest.mark.parametrize("programs", [1, 7, 40])
-@pytest.mark.parametrize("segments", [((8, 256),), ((1, 640), (3, 256), (2, 64), (2, 0))])
+@pytest.mark.parametrize("segments", [((7, 256), (1, 192)), ((1, 640), (3, 256), (2, 64), (2, 0))])
 def test_a_schedule_deals_every_tile_once(segments, programs, band):
     steps = np.repeat([slots // 64 for _, slots in segments], [groups for groups, _ in segments])
     table = kernel.schedule(segments, 5, programs, band)
@@ -192,6 +192,19 @@ def test_a_schedule_deals_every_tile_once(segments, programs, band):
     assert sorted(seen) == sorted(want)
     load = table[:, 1:, 1].sum(1)
     assert load.max() <= load.sum() / programs + steps.max()
+
+
+@pytest.mark.parametrize("band", [1, 2, 5, 7])
+@pytest.mark.parametrize("programs", [1, 7, 40])
+@pytest.mark.parametrize("steps", [0, 3])
+def test_equal_groups_are_dealt_in_bands_without_a_table(programs, band, steps):
+    deal = functools.partial(kernel.dealt, groups=8, steps=steps, token_tiles=5, programs=programs, band=band)
+    counts = [-(-(40 - program) // programs) for program in range(programs)]
+    rows = [[tuple(map(int, deal(jnp.int32(p), jnp.int32(i)))) for i in range(n + 1)] for p, n in enumerate(counts)]
+    assert all(of_program.pop() == (0, 0, 0, 0) for of_program in rows)
+    in_turn = [rows[i % programs][i // programs] for i in range(40)]
+    bands = [range(start, min(start + band, 5)) for start in range(0, 5, band)]
+    assert in_turn == [(steps * g, steps, g, n) for tiles in bands for g in range(8) for n in tiles]
 
 
 # The instructions of a warpgroup, played in NumPy: a value is an array with one number per thread.
@@ -314,19 +327,28 @@ def test_copied_rows_fill_the_swizzled_tile(monkeypatch, count):
     [((3, 3), 1, "SAME", 1), ((3, 2), 2, "SAME", (2, 1)), ((2, 5), (1, 3), "VALID", 1), ((1, 1), 2, "SAME", 1)],
 )
 @pytest.mark.parametrize("token_tile", [0, 1])
-def test_gather_of_a_convolution_meets_the_right_pixels(monkeypatch, size, strides, padding, dilation, token_tile):
+@pytest.mark.parametrize("real", [64, 40])
+def test_gather_of_a_convolution_meets_the_right_pixels(
+    monkeypatch, size, strides, padding, dilation, token_tile, real
+):
     batch, channels, x, ids, tile = 24, 5, 10**6, 1000, 4096
     window = windows.window((9, 7), channels, size, strides, padding, dilation)
     tokens, rng = window.positions * batch, np.random.default_rng(0)
     columns = rng.integers(0, window.features, 64)
-    topology = types.SimpleNamespace(columns=jnp.asarray(columns, jnp.int32))
-    pixels, bits = (np.asarray(a, np.int64) for a in triton_conv.slot_tables(topology, window))
-    words = pixels | bits << 32 if window.is_padded else pixels
-    machine = Machine(monkeypatch, np.arange(256, 384), {
-        ids + (8 if window.is_padded else 4) * i: word for i, word in enumerate(words)
-    })  # fmt: skip
+    matrix = tune.random_matrix(64, 64, 0.0, 64)
+    topology = dataclasses.replace(
+        matrix.topology, columns=jnp.asarray(columns, jnp.int32), k=window.features,
+        counts=None if real == 64 else jnp.array([real]),
+    )  # fmt: skip
+    words = np.asarray(triton_conv.slot_places(topology, window), np.int64)
+    if masked := words.ndim == 2:
+        words = words[:, 0] | words[:, 1] << 32
+    assert masked == (window.is_padded or real < 64)
+    machine = Machine(
+        monkeypatch, np.arange(256, 384), {ids + (8 if masked else 4) * i: word for i, word in enumerate(words)}
+    )
     ptx.gather(x, ids, tile, 0, array(token_tile), array(0), tokens=tokens, block_k=64, block_tokens=256, first=256,
-               window=window)  # fmt: skip
+               window=window, masked=masked)  # fmt: skip
     copied = dict(machine.copied)
     places = np.arange(channels * 63 * batch).reshape(channels, 9, 7, batch)
     border = [(0, 0), *window.padding, (0, 0)]
@@ -340,7 +362,8 @@ def test_gather_of_a_convolution_meets_the_right_pixels(monkeypatch, size, strid
             token = token_tile * 256 + 8 * chunk
             if token < tokens:
                 offset = ((row // 8) * 4 + chunk // 8) * 1024 + row % 8 * 128 + ((chunk % 8) ^ row % 8) * 16
-                assert copied[tile + offset] == (ZEROS if met[token] == ZEROS else x + 2 * met[token])
+                read = row < real and met[token] != ZEROS
+                assert copied[tile + offset] == (x + 2 * met[token] if read else ZEROS)
 
 
 def test_eight_tokens_take_one_copy_a_row(monkeypatch):
