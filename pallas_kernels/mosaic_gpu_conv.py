@@ -11,7 +11,6 @@ grad_values = triton_conv.grad_values
 grad_values_two_four = triton_conv.grad_values_two_four
 ADDS = True  # `forward` takes an addend
 NARROW = 0.6  # what a tile of 128 tokens takes, of the time of one of 256
-FEW_STEPS = 4
 
 
 def forward(matrix, x, bias, *, window, activation, precision, addend=None, config=None):
@@ -62,9 +61,7 @@ def heuristic(topology, window, batch: int):
         return kernel.Config(block_tokens=128 if small else 256, stages=6 if small else 4, split="rows", band=4)
     if small:
         return kernel.Config(block_tokens=128, stages=8, ahead=2)
-    # A tile of few steps ends before a deep ring is full.
-    short = topology.max_count <= FEW_STEPS * kernel.BLOCK_K
-    return kernel.Config(block_tokens=256, stages=4 if short else 5, ahead=1 if short else 2)
+    return kernel.Config(block_tokens=256, stages=5, ahead=2)
 
 
 def pays(matrix, x, window) -> bool:

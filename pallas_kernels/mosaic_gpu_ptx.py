@@ -4,6 +4,7 @@ Every function here is the body of a `plgpu.inline_mgpu` call: it runs at loweri
 values and arrays as registers of a thread, and emits the instructions of one thread. A warpgroup is 128 threads.
 """
 
+import contextlib
 import math
 from typing import Any
 
@@ -24,13 +25,15 @@ TILE_ROWS, TILE_BYTES = 8, 128  # the unit of the swizzled layout: eight rows of
 
 
 def init_barriers(barriers, *, count: int, arrivals: int) -> None:
-    """Makes `count` barriers of `arrivals` arrivals each, and lets every thread of the program see them."""
-    first = _is_equal(_thread(), 0)
-    with utils.when(first):
-        for i in range(count):
-            address = arith.addi(_shared(barriers), _i32(8 * i))
-            _emit("mbarrier.init.shared::cta.b64 [$0], $1;", [address, _i32(arrivals)])
+    """Makes `count` barriers of `arrivals` arrivals each, one a thread. All see them after they `meet`."""
+    thread = arith.remui(_thread(), _i32(WARPGROUP))
+    with utils.when(arith.cmpi(arith.CmpIPredicate.ult, thread, _i32(count))):
+        _emit("mbarrier.init.shared::cta.b64 [$0], $1;", [_barrier(barriers, thread), _i32(arrivals)])
         _emit("fence.proxy.async;", [])
+
+
+def meet() -> None:
+    """Waits for all threads of the program, from different branches too."""
     _emit("bar.sync 0;", [])
 
 
@@ -68,7 +71,7 @@ def gather(
             `triton_conv.slot_places`.
         tile: (block_k, block_tokens) in shared memory, tiled and swizzled.
         barriers: as in `init_barriers`.
-        token_tile: which tile of tokens; chunks behind the last token repeat the last chunk.
+        token_tile: which tile of tokens; of those behind the last token nothing is copied.
         slot: stage of the pipeline, the index of the barrier.
         tokens: N, a multiple of 8.
         block_k: rows.
@@ -78,13 +81,12 @@ def gather(
         window: the geometry of a convolution, or None.
         masked: whether a slot's tap may be outside of the image, or a slot have none.
     """
-    # Eight tokens fill one chunk of a row. The others then keep what was there: nothing of it is ever stored.
+    # Eight tokens fill one chunk of a row.
     chunks = max(1, WARPGROUP // block_k) if tokens == 8 else block_tokens * 2 // CHUNK
     rows_apart = WARPGROUP // chunks
     thread = arith.subi(_thread(), _i32(first))
     chunk, row = arith.remui(thread, _i32(chunks)), arith.divui(thread, _i32(chunks))
     token = arith.addi(_mul(token_tile.registers.item(), block_tokens), _mul(chunk, CHUNK // 2))
-    token = arith.minui(token, _i32(tokens - CHUNK // 2))
     if window is None:
         start, inside, pitch = _wide(_mul(token, 2)), _i32(0), tokens * 2
     else:
@@ -96,30 +98,33 @@ def gather(
     tiles_in_row, row_chunks = block_tokens * 2 // row_bytes, row_bytes // CHUNK
     tile_in_row, chunk_in_tile = arith.divui(chunk, _i32(row_chunks)), arith.remui(chunk, _i32(row_chunks))
     rows = [arith.addi(row, _i32(rows_apart * i)) for i in range(block_k // rows_apart)]
+    # Behind the last token the tile keeps what was there: nothing of it is ever stored.
+    live = arith.cmpi(arith.CmpIPredicate.ult, token, _i32(tokens))
     i32, i64 = ir.IntegerType.get_signless(32), ir.IntegerType.get_signless(64)
-    for part in range(0, len(rows), 16):  # more ids at once would take too many registers
-        some = rows[part : part + 16]
-        if masked:
-            columns = [_emit("ld.shared.b64 $0, [$1];", [arith.addi(ids, _mul(r, 8))], i64) for r in some]
-        else:
-            columns = [_emit("ld.shared.b32 $0, [$1];", [arith.addi(ids, _mul(r, 4))], i32) for r in some]
-        for r, column in zip(some, columns, strict=True):
-            in_tile = arith.remui(r, _i32(TILE_ROWS))
-            index = arith.addi(_mul(arith.divui(r, _i32(TILE_ROWS)), tiles_in_row), tile_in_row)
-            offset = arith.addi(_mul(index, TILE_ROWS * row_bytes), _mul(in_tile, row_bytes))
-            turn = arith.divui(in_tile, _i32(TILE_ROWS // row_chunks))
-            offset = arith.addi(offset, _mul(arith.xori(turn, chunk_in_tile), CHUNK))
-            place, size = arith.addi(target, offset), []  # bytes to read; the others of the 16 are zeros
+    with utils.when(live) if tokens % block_tokens else contextlib.nullcontext():
+        for part in range(0, len(rows), 16):  # more ids at once would take too many registers
+            some = rows[part : part + 16]
             if masked:
-                bits, column = arith.trunci(i32, arith.shrui(column, _i64(32))), arith.trunci(i32, column)
-                met = arith.cmpi(arith.CmpIPredicate.eq, arith.andi(bits, inside), bits)
-                size = [arith.select(met, _i32(CHUNK), _i32(0))]
-            elif sentinel is not None:
-                real = arith.cmpi(arith.CmpIPredicate.ult, column, _i32(sentinel))
-                column, size = arith.select(real, column, _i32(0)), [arith.select(real, _i32(CHUNK), _i32(0))]
-            address = arith.addi(source, arith.muli(_wide(column), _i64(pitch)))
-            copy = f"cp.async.cg.shared.global [$0], [$1], {CHUNK}" + (", $2;" if size else ";")
-            _emit(copy, [place, address, *size])
+                columns = [_emit("ld.shared.b64 $0, [$1];", [arith.addi(ids, _mul(r, 8))], i64) for r in some]
+            else:
+                columns = [_emit("ld.shared.b32 $0, [$1];", [arith.addi(ids, _mul(r, 4))], i32) for r in some]
+            for r, column in zip(some, columns, strict=True):
+                in_tile = arith.remui(r, _i32(TILE_ROWS))
+                index = arith.addi(_mul(arith.divui(r, _i32(TILE_ROWS)), tiles_in_row), tile_in_row)
+                offset = arith.addi(_mul(index, TILE_ROWS * row_bytes), _mul(in_tile, row_bytes))
+                turn = arith.divui(in_tile, _i32(TILE_ROWS // row_chunks))
+                offset = arith.addi(offset, _mul(arith.xori(turn, chunk_in_tile), CHUNK))
+                place, size = arith.addi(target, offset), []  # bytes to read; the others of the 16 are zeros
+                if masked:
+                    bits, column = arith.trunci(i32, arith.shrui(column, _i64(32))), arith.trunci(i32, column)
+                    met = arith.cmpi(arith.CmpIPredicate.eq, arith.andi(bits, inside), bits)
+                    size = [arith.select(met, _i32(CHUNK), _i32(0))]
+                elif sentinel is not None:
+                    real = arith.cmpi(arith.CmpIPredicate.ult, column, _i32(sentinel))
+                    column, size = arith.select(real, column, _i32(0)), [arith.select(real, _i32(CHUNK), _i32(0))]
+                address = arith.addi(source, arith.muli(_wide(column), _i64(pitch)))
+                copy = f"cp.async.cg.shared.global [$0], [$1], {CHUNK}" + (", $2;" if size else ";")
+                _emit(copy, [place, address, *size])
     barrier = _barrier(barriers, slot.registers.item())
     _emit("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [$0];", [barrier])
 
