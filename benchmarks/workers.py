@@ -71,7 +71,8 @@ class Team:
         gpu: as CUDA_VISIBLE_DEVICES names it.
         size: the number of workers.
         questions: (what the caller knows a question by, the question), the most important ones first.
-        locks: whether they take the GPU's lock themselves; else it is held while they answer.
+        locks: whether they take the GPU's lock themselves; else it is held while they answer, and they have to answer
+            an empty question too.
     """
 
     module: str
@@ -97,6 +98,8 @@ def answers(teams: Sequence[Team], seconds: float) -> Iterator[tuple[Any, Any]]:
                 break
             if worker is None:
                 at_work.add(worker := Worker(team.module, team.gpu))
+                if not team.locks:
+                    worker.ask({})  # answered when it is ready: the GPU is not held for its start
             with contextlib.nullcontext() if team.locks else timing.alone(team.gpu):
                 answer = worker.ask(question)
             if answer is None:

@@ -12,10 +12,10 @@ PROGRAM = """
 import json, os, sys, time
 for line in sys.stdin:
     question = json.loads(line)
-    if question["do"] == "end":
+    if question.get("do") == "end":
         sys.exit()
     time.sleep(question.get("seconds", 0))
-    print(json.dumps([question["do"], os.environ.get("CUDA_VISIBLE_DEVICES"), os.getpid()]), flush=True)
+    print(json.dumps([question.get("do"), os.environ.get("CUDA_VISIBLE_DEVICES"), os.getpid()]), flush=True)
 """
 
 
