@@ -263,17 +263,21 @@ def summaries(records: Iterable[dict]) -> list[dict[str, Any]]:
     return found
 
 
-def transposes(records: Iterable[dict]) -> list[dict[str, Any]]:
-    """What images in NHWC cost over channels first, of the cases measured in both."""
-    records = list(records)
+def transposes(records: Sequence[dict]) -> list[dict[str, Any]]:
+    """For every kernel size and stride the times of all layers measured in NHWC too, and how much longer it takes."""
     native = {r["case"]: r["time_us"] for r in defaults(records, "CHWN")}
-    found = []
+    groups = collections.defaultdict(list)
     for r in defaults(records, "NHWC"):
         if time_us := native.get(r["case"].replace("/NHWC/", "/CHWN/")):
-            kept = ("layer", "batch", "sparsity", "group_size", "m", "k", "n", "kernel_size", "strides",
-                    "implementation", "time_us", "speedup")  # fmt: skip
-            record = {"op": "conv2d_transposes"} | {key: r[key] for key in kept}
-            found.append(record | {"native_time_us": time_us, "cost": r["time_us"] / time_us})
+            sizes = r["layer"]["kernel"], r["layer"]["stride"]
+            groups[r["batch"], r["sparsity"], r["group_size"], *sizes].append((time_us, r["time_us"], r["speedup"]))
+    found = []
+    for (batch, sparsity, v, kernel, stride), some in sorted(groups.items()):
+        before, after, speedups = zip(*some, strict=True)
+        record = {"op": "conv2d_transposes", "batch": batch, "sparsity": sparsity, "group_size": v}
+        record |= {"kernel": kernel, "stride": stride, "layers": len(some), "native_time_us": sum(before)}
+        record |= {"time_us": sum(after), "slowdown": sum(after) / sum(before)}
+        found.append(record | {"speedup": statistics.geometric_mean(speedups)})
     return found
 
 

@@ -15,21 +15,25 @@ from jax.experimental.mosaic.gpu import profiler
 L2_BYTES = 2 * 64 * 2**20  # inputs are rotated over more bytes than this, twice the largest L2 cache
 
 
-@contextlib.contextmanager
-def alone(gpu: str | None = None, *, shared: bool = False) -> Iterator[None]:
+def alone(gpu: str | None = None, *, shared: bool = False) -> contextlib.AbstractContextManager[None]:
     """Keeps a GPU from other processes that measure; they may prepare and compile meanwhile.
 
     Args:
         gpu: its name in CUDA_VISIBLE_DEVICES; None is the first one that this process sees.
         shared: with others that share it, for what would disturb measurements and is none.
     """
+    gpu = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0] if gpu is None else gpu
+    return locked(f"gpu-{gpu}", shared=shared)
+
+
+@contextlib.contextmanager
+def locked(name: str, *, shared: bool = False) -> Iterator[None]:
+    """Keeps other processes of this machine from something with a name."""
     import fcntl  # not on Windows, where this module is imported too
 
-    gpu = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0] if gpu is None else gpu
-    with (pathlib.Path(tempfile.gettempdir()) / f"shfl-jax-gpu-{gpu.replace('/', '-')}.lock").open("w") as file:
-        fcntl.flock(
-            file, fcntl.LOCK_SH if shared else fcntl.LOCK_EX
-        )  # until the file is closed, which it is too when the process ends
+    with (pathlib.Path(tempfile.gettempdir()) / f"shfl-jax-{name.replace('/', '-')}.lock").open("w") as file:
+        # Until the file is closed, which it is too when the process ends.
+        fcntl.flock(file, fcntl.LOCK_SH if shared else fcntl.LOCK_EX)
         yield
 
 

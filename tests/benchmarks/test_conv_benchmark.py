@@ -111,6 +111,8 @@ def test_what_follows_from_the_records():
         record(conv.Case("resnet50", one, 64), 1.0, False),
         record(conv.Case("resnet50", one, 64, counts="ragged"), 1.0),
         record(conv.Case("resnet50", three, 64, layout="NHWC"), 9.0),
+        record(conv.Case("resnet50", narrow, 64, layout="NHWC"), 48.0),
+        record(conv.Case("resnet50", one, 16, layout="NHWC"), 1.0),
         record(conv.Case("resnet50", one, 64, layout="NHWC"), None),
     ]
     (summary,) = conv.summaries(records)
@@ -118,8 +120,11 @@ def test_what_follows_from_the_records():
         "op": "conv2d_summary", "batch": 64, "sparsity": 0.75, "group_size": 64, "layers": 4,
         "speedup_3x3": pytest.approx(math.sqrt(2 * 4)), "speedup_1x1": pytest.approx(1.2), "slow_share": 0.25,
     }  # fmt: skip
-    (cost,) = conv.transposes(records)
-    assert (cost["time_us"], cost["native_time_us"], cost["cost"]) == (9.0, 6.0, 1.5)
+    one, three = conv.transposes(records)
+    base = {"op": "conv2d_transposes", "batch": 64, "sparsity": 0.75, "group_size": 64, "stride": 1, "layers": 1}
+    assert one == base | {"kernel": 1, "native_time_us": 24.0, "time_us": 48.0, "slowdown": 2.0, "speedup": 0.25}
+    assert three == pytest.approx(base | {"kernel": 3, "native_time_us": 6.0, "time_us": 9.0, "slowdown": 1.5,
+                                          "speedup": 4 / 3})  # fmt: skip
 
 
 def test_a_case_is_complete_with_all_of_its_baselines(tmp_path):
