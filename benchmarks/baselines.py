@@ -81,7 +81,9 @@ def measure_convolution(case: dict) -> list[dict]:
 
 
 def measure(case: dict) -> list[dict]:
-    """The records of one case."""
+    """The records of one case; an empty one has none."""
+    if not case:
+        return []
     if "layer" in case:
         return measure_convolution(case)
     dtype = getattr(torch, case["dtype"])

@@ -1,46 +1,49 @@
-"""Side-by-side times of the row-grouped convolution on a GPU: `python -m benchmarks.conv`.
+"""Side-by-side times of the row-grouped convolution on GPUs: `python -m benchmarks.conv`.
 
 Writes `benchmarks/results/<device>/conv.json`: every distinct convolution of ResNet-50, our implementations against
 XLA's dense convolution in NHWC and NCHW (1 x 1 ones as products with channels first too), and PyTorch's in
-channels-last (`benchmarks.baselines`, in a subprocess); with `--model` ResNet-50 whole; `--table` makes the table of
-`predict_convolution` of what is there. A case and its baselines are
-measured in one call, by CUPTI kernel time, with a cold L2, on random data; the baselines of a shape once a call. A case
-already in the file is skipped; the cases of the acceptance table come first; a call ends by itself after `--minutes`.
+channels-last (`benchmarks.baselines`); ResNet-50 whole (`benchmarks.resnet`); and what follows from these, a summary
+for every batch, sparsity and V and the cost of transposing images. Times are CUPTI kernel times with a cold L2, on
+random data. `--table` makes the table of `predict_convolution` of what is there.
+
+The cases of a shape and its baselines are measured in one call on one GPU; all visible GPUs share the shapes. Each has
+processes that prepare and compile (`benchmarks.conv_worker`) while one of them measures. A case already in the file is
+skipped unless `--again` is given; the network and the cases of the acceptance table come first; a call ends by itself
+after `--minutes`.
 
 Without a GPU, `--size tiny` runs the whole program on small images, timed by the clock: a check, not a measurement.
 """
 
 import argparse
 import collections
-import concurrent.futures
-import contextlib
 import dataclasses
 import datetime
 import itertools
 import json
 import os
 import pathlib
+import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # PyTorch needs memory too
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # several processes share a GPU's memory
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 
-import pallas_kernels
-from benchmarks import resnet
-from benchmarks.matmul import GROUP_SIZES, IMPLEMENTATIONS, RESULTS, XLA_ELEMENTS, Torch
-from pallas_kernels import configs, conv_cost, timing, tune, windows
-from pallas_kernels.conv import FROM_NATIVE, TO_NATIVE, ConvLayout
-from pallas_kernels.row_grouped import to_dense
+from benchmarks import resnet, workers
+from benchmarks.matmul import BASELINES, GROUP_SIZES, RESULTS
+from pallas_kernels import configs, conv_cost, windows
+from pallas_kernels.conv import ConvLayout
 from pallas_kernels.windows import Window
 
 SPARSITIES = (0.75, 0.5, 0.875)
 BATCHES = (64, 16)
-DENSE_LAYOUTS = {"NHWC": "OHWI", "NCHW": "OIHW", "CHWN": "OHWI"}  # of images, and how filters lie for them
+TINY_MODEL = {"image": 24, "stages": (1,), "width": 8, "classes": 5}
+SLOW = 0.97  # a speed-up below which a layer counts as slower than the dense one
+WORKERS = 16  # processes on a GPU, at most
+MODEL_LOAD = 30  # what the whole network takes of a GPU's time, in cases
+SAVE_S = 5.0  # seconds between two writings of the results file
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,112 +144,95 @@ def _cases(layers: Sequence[Layer], suite: str, batches: Sequence[int]) -> Itera
         yield from of(batch, sparsity, v)
 
 
-def operands(case: Case, implementation: str) -> tuple:
-    """The prepared filters and the images of a case, in its layout."""
-    m, k, _ = case.product
-    filters = tune.random_matrix(m, k, case.sparsity, case.group_size, equal=case.counts == "equal", dtype=case.dtype)
-    return pallas_kernels.prepare(filters, implementation, case.layer.window), images(case, case.layout)
+def key_of(case: Case) -> str:
+    """A case as one word, by which a results file is resumed."""
+    layer = case.layer
+    words = [case.suite, f"{layer.kernel}x{layer.kernel}s{layer.stride}", f"{layer.channels}to{layer.features}"]
+    words += [f"image{layer.image}", f"batch{case.batch}", f"{case.sparsity:g}", f"V{case.group_size}"]
+    return "/".join([*words, case.counts, case.layout, case.dtype])
 
 
-def images(case: Case, layout: str) -> jax.Array:
-    """Random images of a case."""
-    size = case.layer.image
-    x = jax.random.normal(jax.random.key(1), (case.layer.channels, size, size, case.batch), case.dtype)
-    return x.transpose(FROM_NATIVE[layout])
+def spread(todo: Sequence[Case], models: Sequence[int], gpus: Sequence[str]) -> dict[str, list[tuple[str, Any]]]:
+    """Shares among GPUs what is to be measured, in its order; the cases of a shape stay together.
+
+    Args:
+        todo: cases.
+        models: batches of the whole network, which comes first.
+        gpus: names.
+
+    Returns:
+        {name: [("model", batch), ("dense", the first case of a shape) or ("sparse", case), ...]}.
+    """
+    found: dict[str, list[tuple[str, Any]]] = {gpu: [] for gpu in gpus}
+    load = dict.fromkeys(gpus, 0)
+
+    def least_loaded(more: int) -> str:
+        gpu = min(load, key=lambda gpu: load[gpu])
+        load[gpu] += more
+        return gpu
+
+    for batch in models:
+        found[least_loaded(MODEL_LOAD)].append(("model", batch))
+    shapes = collections.Counter(case.shape_key for case in todo)
+    home = {shape: least_loaded(count) for shape, count in shapes.items()}
+    for case in todo:
+        kinds = ("dense", "sparse") if shapes.pop(case.shape_key, 0) else ("sparse",)
+        found[home[case.shape_key]] += [(kind, case) for kind in kinds]
+    return found
 
 
-def sparse_function(case: Case, implementation: str | None) -> Callable:
-    """Our convolution as a function of `operands`."""
-    window = case.layer.window
+class Results:
+    """A results file, and what was measured of cases that are not complete yet."""
 
-    def forward(filters, x):
-        return pallas_kernels.conv2d(
-            filters, x, kernel_size=window.kernel, strides=window.strides, padding=window.padding,
-            layout=case.layout, implementation=implementation,
-        )  # fmt: skip
+    def __init__(self, out: pathlib.Path, forgotten: Container[str], kinds: Sequence[str]):
+        """Reads the file.
 
-    return forward
+        Args:
+            out: the file.
+            forgotten: cases whose records are dropped.
+            kinds: of the dense measurements that a case needs.
+        """
+        found = json.loads(out.read_text())["records"] if out.exists() else []
+        # What follows from other records has no case of its own.
+        self.records = [r for r in found if "case" in r and r["case"] not in forgotten]
+        self.out, self.kinds, self.saved = out, kinds, 0.0
+        self.dense: dict[tuple, dict[str, list[dict]]] = collections.defaultdict(dict)
+        self.sparse: dict[Case, list[dict]] = {}
 
+    def add(self, kind: str, of: Any, records: list[dict]) -> list[dict]:
+        """Takes what was measured and returns the records of what is complete with it."""
+        new = []
+        if kind == "model":
+            new += records
+        elif kind == "sparse":
+            self.sparse[of] = records
+        else:
+            self.dense[of.shape_key][kind] = records
+        for case in list(self.sparse):
+            dense = self.dense[case.shape_key]
+            if all(kind in dense for kind in self.kinds):
+                new += with_dense(case, [r for kind in self.kinds for r in dense[kind]], self.sparse.pop(case))
+        self.records += new
+        return new
 
-def dense_layouts(case: Case) -> tuple[str, ...]:
-    """The layouts a dense convolution is measured in; with channels first XLA is fast where it is a product."""
-    return ("NHWC", "NCHW", "CHWN") if case.layer.kernel == 1 else ("NHWC", "NCHW")
-
-
-def dense_function(case: Case, layout: str) -> Callable:
-    """XLA's dense convolution as a function of (kernel, x), in the layout's own arrangement of both."""
-    window = case.layer.window
-
-    def forward(kernel, x):
-        if layout == "CHWN":
-            return jnp.tensordot(kernel[:, 0, 0], x[:, :: window.strides[0], :: window.strides[1]], 1)
-        return jax.lax.conv_general_dilated(
-            x, kernel, window.strides, window.padding, dimension_numbers=(layout, DENSE_LAYOUTS[layout], layout)
-        )
-
-    return forward
-
-
-def dense_operands(case: Case, layout: str) -> tuple:
-    """The decompressed filters of a case and its images."""
-    m, k, _ = case.product
-    filters = tune.random_matrix(m, k, case.sparsity, case.group_size, equal=case.counts == "equal", dtype=case.dtype)
-    kernel = to_dense(filters).reshape(m, *case.layer.window.kernel, case.layer.channels)
-    return kernel.transpose(0, 3, 1, 2) if layout == "NCHW" else kernel, images(case, layout)
-
-
-def compile_case(case: Case, with_dense: bool) -> dict[str, Any]:
-    """All functions of a case, compiled; an exception's text in place of one that cannot be."""
-    m, k, n = case.product
-    jobs = {}
-    if with_dense:
-        for layout in dense_layouts(case):
-            jobs[f"dense {layout}"] = (dense_function(case, layout), dense_operands(case, layout))
-    for name in IMPLEMENTATIONS:
-        # Plain XLA is far behind on a GPU: the cases of the acceptance table show it.
-        if name == "xla" and (case.group_size, case.sparsity, case.counts, case.layout) != (64, 0.75, "equal", "CHWN"):
-            continue
-        if name == "xla" and n * k * (1 - case.sparsity) * m / case.group_size > XLA_ELEMENTS:
-            continue
-        jobs[name] = (sparse_function(case, name), operands(case, name))
-    compiled: dict[str, Any] = {}
-    for name, (function, arguments) in jobs.items():
-        try:
-            compiled[name] = jax.jit(function).lower(*arguments).compile()
-        except NotImplementedError:
-            continue
-        except jax.errors.JaxRuntimeError as error:
-            compiled[name] = str(error)[:200]
-    text = jax.jit(sparse_function(case, None)).lower(*operands(case, "triton")).as_text()
-    compiled["default"] = next((name for name in ("mosaic_gpu", "triton") if name in text), "xla")
-    return compiled
+    def save(self, order: Mapping[str, int]) -> None:
+        """Writes the file: records in an order of cases, then what follows from them."""
+        records = sorted(self.records, key=lambda r: order.get(r["case"], len(order)))
+        result = {"device": self.out.parent.name, "jax": jax.__version__}
+        result |= {"records": [*records, *summaries(records), *transposes(records)]}
+        result["date"] = str(datetime.date.today())
+        self.out.parent.mkdir(parents=True, exist_ok=True)
+        self.out.write_text(json.dumps(result, indent=1) + "\n")
+        self.saved = time.monotonic()
 
 
-def time_us(function: Callable, argument_sets: Sequence[tuple]) -> tuple[float, int]:
-    """The median time of a call and its number of kernels; by the clock, and 0 kernels, where there is no GPU."""
-    if jax.default_backend() == "gpu":
-        return timing.median_us(function, argument_sets)
-    return timing.interleaved_us({"": lambda: function(*argument_sets[0])}, runs=3)[""], 0
-
-
-def measure(case: Case, compiled: dict[str, Any], dense: list[dict], torch: Torch) -> list[dict]:
-    """The records of one case; those of its dense baselines are appended to `dense` if that is empty."""
+def with_dense(case: Case, dense: Sequence[dict], sparse: Sequence[dict]) -> list[dict[str, Any]]:
+    """The records of a case and of the dense convolutions of its shape, compared."""
     (m, k, n), window = case.product, case.layer.window
     base: dict[str, Any] = {"op": "conv2d", **dataclasses.asdict(case), "m": m, "k": k, "n": n}
     base |= {"kernel_size": window.kernel, "strides": window.strides, "epilogue": None}
-    reference = float64_image(case)
-    if not dense:
-        for layout in dense_layouts(case):
-            found = timed(compiled[f"dense {layout}"], dense_operands(case, layout), layout, reference)
-            dense.append({"pattern": "dense", "implementation": "xla", "layout": layout} | found)
-        dense += torch.measure(case)
     records = [base | {"group_size": 0, "sparsity": 0.0} | record for record in dense]
-    for name in IMPLEMENTATIONS:
-        if name in compiled:
-            pattern = "shfl_bw" if case.counts == "equal" else "vw"
-            found = timed(compiled[name], operands(case, name), case.layout, reference)
-            chosen = {"default": name == compiled["default"]}
-            records.append(base | {"pattern": pattern, "implementation": name} | chosen | found)
+    records += [base | record for record in sparse]
     fastest = min((record for record in dense if record["time_us"]), key=lambda record: record["time_us"])
     for record in records:
         record["dense_time_us"] = fastest["time_us"]
@@ -256,68 +242,105 @@ def measure(case: Case, compiled: dict[str, Any], dense: list[dict], torch: Torc
     return records
 
 
-def timed(function: Any, arguments: tuple, layout: str, reference: np.ndarray) -> dict[str, Any]:
-    """What one compiled function gives: its time, kernels and error, or why it could not be compiled."""
-    if isinstance(function, str):
-        return {"time_us": None, "error": function}
-    time_of_call, kernels = time_us(function, tune.copies(arguments))
-    y = np.asarray(function(*arguments).transpose(TO_NATIVE[layout])[..., 0].astype(jnp.float32), np.float64)
-    error = float(np.linalg.norm(y - reference) / np.linalg.norm(reference))
-    return {"time_us": time_of_call, "kernels": kernels, "relative_error": error}
+def defaults(records: Iterable[dict], layout: str) -> list[dict]:
+    """The records of the default implementation with equal counts, of images in one layout."""
+    wanted = {"op": "conv2d", "default": True, "counts": "equal", "layout": layout}
+    return [r for r in records if wanted.items() <= r.items() and r["time_us"]]
 
 
-def float64_image(case: Case) -> np.ndarray:
-    """The convolution of the first image in float64, (M, H', W')."""
-    kernel, x = (np.asarray(a.astype(jnp.float32), np.float64) for a in dense_operands(case, "NHWC"))
-    kernel, window = kernel.transpose(1, 2, 3, 0), case.layer.window
-    padded = np.pad(x[0], [*window.padding, (0, 0)])
-    height, width = window.outputs
-    y = np.zeros((height, width, case.layer.features))
-    for i, j in itertools.product(*map(range, window.kernel)):
-        y += padded[i :: window.strides[0], j :: window.strides[1]][:height, :width] @ kernel[i, j]
-    return y.transpose(2, 0, 1)
+def summaries(records: Iterable[dict]) -> list[dict[str, Any]]:
+    """For every batch, sparsity and V geometric means of the default's speed-ups, and the share of slow layers."""
+    groups = collections.defaultdict(list)
+    for r in defaults(records, "CHWN"):
+        groups[r["batch"], r["sparsity"], r["group_size"]].append((r["layer"], r["speedup"]))
+    found = []
+    for (batch, sparsity, v), some in sorted(groups.items()):
+        record = {"op": "conv2d_summary", "batch": batch, "sparsity": sparsity, "group_size": v, "layers": len(some)}
+        for name, kernel, channels in (("speedup_3x3", 3, 0), ("speedup_1x1", 1, 256)):
+            speedups = [s for layer, s in some if layer["kernel"] == kernel and layer["channels"] >= channels]
+            record[name] = statistics.geometric_mean(speedups) if speedups else None
+        found.append(record | {"slow_share": sum(speedup < SLOW for _, speedup in some) / len(some)})
+    return found
 
 
-def key_of(case: Case) -> str:
-    """A case as one word, by which a results file is resumed."""
-    layer = case.layer
-    words = [case.suite, f"{layer.kernel}x{layer.kernel}s{layer.stride}", f"{layer.channels}to{layer.features}"]
-    words += [f"image{layer.image}", f"batch{case.batch}", f"{case.sparsity:g}", f"V{case.group_size}"]
-    return "/".join([*words, case.counts, case.layout, case.dtype])
+def transposes(records: Sequence[dict]) -> list[dict[str, Any]]:
+    """For every kernel size and stride the times of all layers measured in NHWC too, and how much longer it takes."""
+    native = {r["case"]: r["time_us"] for r in defaults(records, "CHWN")}
+    groups = collections.defaultdict(list)
+    for r in defaults(records, "NHWC"):
+        if time_us := native.get(r["case"].replace("/NHWC/", "/CHWN/")):
+            sizes = r["layer"]["kernel"], r["layer"]["stride"]
+            groups[r["batch"], r["sparsity"], r["group_size"], *sizes].append((time_us, r["time_us"], r["speedup"]))
+    found = []
+    for (batch, sparsity, v, kernel, stride), some in sorted(groups.items()):
+        before, after, speedups = zip(*some, strict=True)
+        record = {"op": "conv2d_transposes", "batch": batch, "sparsity": sparsity, "group_size": v}
+        record |= {"kernel": kernel, "stride": stride, "layers": len(some), "native_time_us": sum(before)}
+        record |= {"time_us": sum(after), "slowdown": sum(after) / sum(before)}
+        found.append(record | {"speedup": statistics.geometric_mean(speedups)})
+    return found
 
 
-def run(todo: list[Case], out: pathlib.Path, minutes: float, ahead: int = 8) -> None:
-    """Measures cases until the time is over."""
+def run(
+    todo: Sequence[Case], models: Sequence[int], out: pathlib.Path, minutes: float, *, again: bool, size: Mapping
+) -> None:
+    """Measures cases, and the whole network of some size and batches, until all is done or the time is over."""
     started = time.monotonic()
-    result: dict[str, Any] = {"device": out.parent.name, "jax": jax.__version__, "records": []}
-    if out.exists():
-        result["records"] = json.loads(out.read_text())["records"]
-    done = {record["case"] for record in result["records"]}
+    torch = BASELINES if jax.default_backend() == "gpu" else None
+    order = {key: i for i, key in enumerate([*map(resnet.model_key, models), *map(key_of, todo)])}
+    results = Results(out, order if again else (), ("dense", torch) if torch else ("dense",))
+    done = {record["case"] for record in results.records}
     todo = [case for case in todo if key_of(case) not in done]
-    torch, dense = Torch(), collections.defaultdict(list)
-    with contextlib.closing(torch), concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-        for i in range(0, len(todo), ahead):
-            # All are compiled before the first is timed: CUPTI sees the compiler's own trials too.
-            some = todo[i : i + ahead]
-            shapes = [case.shape_key for case in some]
-            first = [not dense[shape] and shape not in shapes[:j] for j, shape in enumerate(shapes)]
-            compiled = list(pool.map(compile_case, some, first))
-            for case, functions in zip(some, compiled, strict=True):
-                if time.monotonic() - started > minutes * 60:
-                    print(f"out of time: {len(todo) - i} cases or fewer left, call again to go on")
-                    return
-                records = measure(case, functions, dense[case.shape_key], torch)
-                result["records"] += records
-                result["date"] = str(datetime.date.today())
-                out.parent.mkdir(parents=True, exist_ok=True)
-                out.write_text(json.dumps(result, indent=1) + "\n")
-                timings = (
-                    f"{r['implementation']}{'/' + r['layout'] if r['pattern'] == 'dense' else '*' * r['default']} "
-                    f"{r['time_us']:.1f} ({r['speedup']:.2f})"
-                    for r in records
-                    if r["time_us"]
-                )
-                print(f"{key_of(case)}: {', '.join(timings)}", flush=True)
+    models = [batch for batch in models if resnet.model_key(batch) not in done]
+    if not todo and not models:
+        return
+    shares = spread(todo, models, workers.visible_gpus())
+    left = {*map(resnet.model_key, models), *map(key_of, todo)}
+    try:
+        for (kind, of), records in workers.answers(teams(shares, size, torch), 60 * minutes):
+            if records is None:
+                print(f"{kind} {of}: its process ended", flush=True)
+            if records is not None or kind == torch:  # without which a case can be
+                new = results.add(kind, of, records or [])
+                left -= {record["case"] for record in new}
+                show(new, time.monotonic() - started)
+            if time.monotonic() - results.saved > SAVE_S:
+                results.save(order)
+    finally:
+        results.save(order)
+    if left:
+        print(f"{len(left)} cases left, call again to go on")
+
+
+def teams(shares: Mapping[str, Sequence[tuple[str, Any]]], size: Mapping, torch: str | None) -> list[workers.Team]:
+    """Who measures what `spread` gives to every GPU; `torch` is the module for PyTorch's half."""
+    found = []
+    most = max(1, min(WORKERS, len(os.sched_getaffinity(0)) // len(shares)))
+    for gpu, share in shares.items():
+        # Few processes measure the dense ones: each loads XLA's libraries on the GPU first.
+        for kinds, processes in ((("dense",), min(2, most)), (("model", "sparse"), most)):
+            questions = []
+            for kind, of in share:
+                what = {"batch": of, "size": size} if kind == "model" else {"case": dataclasses.asdict(of)}
+                if kind in kinds:
+                    questions.append(((kind, of), {"kind": kind} | what))
+            found.append(workers.Team("benchmarks.conv_worker", gpu, min(processes, len(questions)), questions))
+        if torch:
+            shapes = [((torch, of), dataclasses.asdict(of)) for kind, of in share if kind == "dense"]
+            found.append(workers.Team(torch, gpu, 1, shapes, locks=False))
+    return found
+
+
+def show(records: Sequence[dict], seconds: float) -> None:
+    """Prints the records of whole cases, a line each."""
+    for key, some in itertools.groupby(records, key=lambda r: r["case"]):
+        timings = []
+        for r in some:
+            if not r["time_us"]:
+                continue
+            dense = "/" + r["layout"] if r["pattern"] == "dense" else "*" * r.get("default", 0)
+            timings.append(f"{r.get('form', r.get('implementation'))}{dense} {r['time_us']:.1f} ({r['speedup']:.2f})")
+        print(f"{seconds:.0f} s {key}: {', '.join(timings)}", flush=True)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -325,7 +348,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.conv", description=__doc__)
     parser.add_argument("--minutes", type=float, default=7.5)
     parser.add_argument("--acceptance", action="store_true", help="only the cases of the acceptance table")
-    parser.add_argument("--model", action="store_true", help="only ResNet-50 whole, measured anew")
+    parser.add_argument("--model", action="store_true", help="only ResNet-50 whole")
+    parser.add_argument("--again", action="store_true", help="measure anew what the file has already")
     parser.add_argument(
         "--table", action="store_true", help="measure nothing, write the table of the results for `predict_convolution`"
     )
@@ -336,48 +360,27 @@ def main(argv: Sequence[str] | None = None) -> None:
         write_table(options.out or RESULTS / "nvidia-h200" / "conv.json")
         return
     tiny = options.size == "tiny"
-    layers, batches = (TINY, (8, 2)) if tiny else (RESNET50, BATCHES)
     if not tiny and jax.default_backend() != "gpu":
         parser.error("ResNet-50 is measured on a GPU, and there is none here; --size tiny only checks the program")
-    todo = list(cases(layers, options.size, batches))
-    todo = todo[: len(layers)] if options.acceptance else todo
+    layers, batches = (TINY, (8, 2)) if tiny else (RESNET50, BATCHES)
+    todo, models = list(cases(layers, options.size, batches)), batches[-1:] if tiny else batches
+    if options.acceptance or options.model:
+        todo = todo[: len(layers)] if options.acceptance else []
+        models = models if options.model else ()
     device = configs.device_name(jax.devices()[0].device_kind)
     out = options.out or RESULTS / device / ("conv_tiny.json" if tiny else "conv.json")
-    if options.model:
-        run_models(out, {"batches": (2,), "image": 24, "stages": (1,), "width": 8, "classes": 5} if tiny else {})
-    else:
-        run(todo, out, options.minutes)
+    run(todo, models, out, options.minutes, again=options.again, size=TINY_MODEL if tiny else {})
 
 
 def write_table(results: pathlib.Path) -> None:
     """Writes the table of `pallas_kernels.conv_cost`."""
     entries, path = [], conv_cost.FOLDER / f"{results.parent.name}.json"
-    for r in json.loads(results.read_text())["records"]:
-        if r["op"] == "conv2d" and r.get("default") and r["layout"] == "CHWN" and r["time_us"]:
-            slots = -(-r["m"] // r["group_size"]) * round(r["k"] * (1 - r["sparsity"]))
-            entry = {key: r[key] for key in ("m", "k", "n", "group_size", "dtype", "time_us", "dense_time_us")}
-            entries.append({"taps": r["kernel_size"][0] * r["kernel_size"][1], "slots": slots} | entry)
+    for r in defaults(json.loads(results.read_text())["records"], "CHWN"):
+        slots = -(-r["m"] // r["group_size"]) * round(r["k"] * (1 - r["sparsity"]))
+        entry = {key: r[key] for key in ("m", "k", "n", "group_size", "dtype", "time_us", "dense_time_us")}
+        entries.append({"taps": r["kernel_size"][0] * r["kernel_size"][1], "slots": slots} | entry)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps({"entries": entries}, indent=1) + "\n")
-
-
-def run_models(out: pathlib.Path, size: dict[str, Any]) -> None:
-    """Measures ResNet-50 whole, and puts its records in place of those the file has."""
-    result: dict[str, Any] = {"device": out.parent.name, "jax": jax.__version__, "records": []}
-    for batch in size.pop("batches", BATCHES):
-        new = resnet.measure(batch, 0.75, 64, time_us, **size)
-        if out.exists():
-            result = json.loads(out.read_text())
-        result["records"] = [r for r in result["records"] if r["case"] != new[0]["case"]] + new
-        result["date"] = str(datetime.date.today())
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(json.dumps(result, indent=1) + "\n")
-        for r in new:
-            print(
-                f"{r['case']} {r['form']}: {r['time_us']:.0f} us in {r['kernels']} kernels "
-                f"({r['speedup']:.2f}), {r['call_us']:.0f} us a call",
-                flush=True,
-            )
 
 
 if __name__ == "__main__":

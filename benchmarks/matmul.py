@@ -16,8 +16,6 @@ import itertools
 import json
 import os
 import pathlib
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -29,7 +27,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import pallas_kernels
-from benchmarks import two_four
+from benchmarks import two_four, workers
 from pallas_kernels import configs, mosaic_gpu, mosaic_gpu_two_four, timing, tune
 from pallas_kernels.matmul import Layout
 from pallas_kernels.row_grouped import to_dense
@@ -47,6 +45,7 @@ PAPER = (
 )
 CHECKED_TOKENS = 64  # tokens of the result that are compared with float64
 IMPLEMENTATIONS = ("mosaic_gpu", "triton", "xla")
+BASELINES = "benchmarks.baselines" if importlib.util.find_spec("torch") else None  # PyTorch's half
 XLA_ELEMENTS = 2**29  # the largest gathered operand, P x N, that plain XLA is asked to make
 
 
@@ -126,33 +125,25 @@ def cases() -> Iterator[Case]:
 
 
 class Torch:
-    """PyTorch's half, in a subprocess that answers one case at a time; None where PyTorch is not installed."""
+    """PyTorch's half, in a subprocess that answers one case at a time; nothing where PyTorch is not installed."""
 
     def __init__(self):
-        self.process: Any = None
-        if importlib.util.find_spec("torch"):
-            command = [sys.executable, "-m", "benchmarks.baselines"]
-            self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self.worker = workers.Worker(BASELINES) if BASELINES else None
         self.known: dict[tuple, list[dict]] = {}
 
-    def measure(self, case: Any) -> list[dict]:
+    def measure(self, case: Case) -> list[dict]:
         """The records of a case's baselines, measured once a call for every shape and sparsity."""
         key = (case.shape_key, case.sparsity)
-        if self.process is None or self.process.poll() is not None:
+        if self.worker is None:
             return []
         if key not in self.known:
-            assert self.process.stdin is not None
-            assert self.process.stdout is not None
-            print(json.dumps(dataclasses.asdict(case)), file=self.process.stdin, flush=True)
-            self.known[key] = json.loads(self.process.stdout.readline() or "[]")
+            self.known[key] = self.worker.ask(dataclasses.asdict(case)) or []
         return self.known[key]
 
     def close(self) -> None:
         """Ends the subprocess."""
-        if self.process is not None:
-            assert self.process.stdin is not None
-            self.process.stdin.close()
-            self.process.wait()
+        if self.worker is not None:
+            self.worker.close()
 
 
 def operands(case: Case, implementation: str) -> tuple:

@@ -9,10 +9,8 @@ another goes on without that kernel.
 
 import argparse
 import concurrent.futures
-import contextlib
 import dataclasses
 import datetime
-import fcntl
 import functools
 import json
 import os
@@ -205,8 +203,8 @@ def label(config: Config | None) -> str:
 class Study:
     """The state of a measuring process, kept in the results file so that a next process goes on."""
 
-    def __init__(self, out: pathlib.Path, lock: pathlib.Path, minutes: float):
-        self.out, self.lock, self.deadline = out, lock, time.monotonic() + 60 * minutes
+    def __init__(self, out: pathlib.Path, minutes: float):
+        self.out, self.deadline = out, time.monotonic() + 60 * minutes
         self.result: dict[str, Any] = {"device": "", "jax": jax.__version__, "date": "", "records": [], "bad": {}}
         if out.exists():
             self.result = json.loads(out.read_text())
@@ -225,16 +223,9 @@ class Study:
         self.result["bad"][name] = why
         self.save()
 
-    @contextlib.contextmanager
-    def gpu(self):
-        """Holds the GPU alone; the lock goes with the process."""
-        with self.lock.open("w") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
-            yield
-
     def guarded(self, name: str, function: Callable) -> Any:
         """Runs a function on the GPU; None where that fails, and then the name is bad."""
-        with self.gpu():
+        with timing.alone():
             self.watch.begin(name)
             try:
                 return jax.block_until_ready(function())
@@ -299,7 +290,7 @@ def measure(study: Study, case: Case, compiled: dict[str, tuple]) -> None:
         if got is None:
             continue
         if key != "dense token_major":  # which reads other bytes
-            with study.gpu():
+            with timing.alone():
                 epilogue = (None, None) if plain else (bias, case.epilogue)
                 error, largest, rows, tokens = map(np.asarray, errors(got, reference, *epilogue))
             record |= {"relative_error": float(error), "largest_error": float(largest)}
@@ -329,7 +320,7 @@ def work(study: Study, cases: list[Case]) -> None:
     pool = concurrent.futures.ThreadPoolExecutor(4)
     dense_products: dict[tuple, concurrent.futures.Future] = {}
     compiled: dict[Case, dict[str, tuple]] = {case: {} for case in cases}
-    with study.gpu():  # XLA tries its dense kernels while it compiles them
+    with timing.alone():  # XLA tries its dense kernels while it compiles them
         shapes = {case: abstract(operands(case)) for case in cases}
         for case in cases:
             if case.m < SMALL:
@@ -408,7 +399,7 @@ def main() -> None:
     options = parser.parse_args()
     if options.shard is not None:
         cases = [c for c in SHARDS[options.shard] if options.case is None or any(w in c.name for w in options.case)]
-        work(Study(options.out, options.out.parent / "lock", options.minutes), cases)
+        work(Study(options.out, options.minutes), cases)
         os._exit(0)  # not waiting for what still compiles
     deadline = time.monotonic() + 60 * options.minutes
     with tempfile.TemporaryDirectory() as temporary, concurrent.futures.ThreadPoolExecutor(len(SHARDS)) as pool:

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels import windows
-from pallas_kernels.matmul import Call, matmul, run, validate_operands
+from pallas_kernels.matmul import Call, run, validate_operands
 from pallas_kernels.row_grouped import RowGrouped
 from pallas_kernels.windows import Padding, Pair
 
@@ -89,11 +89,6 @@ def conv2d(
     result = tuple((m, *window.outputs, b)[axis] for axis in FROM_NATIVE[layout])
     if addend is not None and addend.shape != result:
         raise ValueError(f"addend must have the result's shape {result}, got {addend.shape}")
-    if window.is_matmul and layout == "NHWC":
-        return matmul(
-            filters, x, bias=bias, addend=addend, activation=activation, implementation=implementation,
-            precision=precision,
-        )  # fmt: skip
     native, dtype = x.transpose(TO_NATIVE[layout]), jnp.result_type(filters.values, x)
     addend = None if addend is None else addend.transpose(TO_NATIVE[layout]).reshape(m, -1)
     values, native, bias, addend = jax.tree.map(lambda a: a.astype(dtype), (filters.values, native, bias, addend))

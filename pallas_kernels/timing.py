@@ -1,6 +1,7 @@
 """Times: of kernels on a GPU by CUPTI, over rotating inputs so that the L2 cache is cold, and of whole calls."""
 
 import contextlib
+import os
 import pathlib
 import statistics
 import tempfile
@@ -14,13 +15,25 @@ from jax.experimental.mosaic.gpu import profiler
 L2_BYTES = 2 * 64 * 2**20  # inputs are rotated over more bytes than this, twice the largest L2 cache
 
 
+def alone(gpu: str | None = None, *, shared: bool = False) -> contextlib.AbstractContextManager[None]:
+    """Keeps a GPU from other processes that measure; they may prepare and compile meanwhile.
+
+    Args:
+        gpu: its name in CUDA_VISIBLE_DEVICES; None is the first one that this process sees.
+        shared: with others that share it, for what would disturb measurements and is none.
+    """
+    gpu = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0] if gpu is None else gpu
+    return locked(f"gpu-{gpu}", shared=shared)
+
+
 @contextlib.contextmanager
-def alone() -> Iterator[None]:
-    """Keeps the GPU from other processes that measure; they may prepare and compile meanwhile."""
+def locked(name: str, *, shared: bool = False) -> Iterator[None]:
+    """Keeps other processes of this machine from something with a name."""
     import fcntl  # not on Windows, where this module is imported too
 
-    with (pathlib.Path(tempfile.gettempdir()) / "shfl-jax-gpu.lock").open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)  # until the file is closed, which it is too when the process ends
+    with (pathlib.Path(tempfile.gettempdir()) / f"shfl-jax-{name.replace('/', '-')}.lock").open("w") as file:
+        # Until the file is closed, which it is too when the process ends.
+        fcntl.flock(file, fcntl.LOCK_SH if shared else fcntl.LOCK_EX)
         yield
 
 

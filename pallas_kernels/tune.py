@@ -127,7 +127,7 @@ def tune(
     """
     started = time.monotonic()
     path.parent.mkdir(parents=True, exist_ok=True)
-    with timing.alone():
+    with timing.locked(path.name):
         done = {_key(entry) for entry in _read(path)["entries"]}
     jobs = [(name, p) for p in dict.fromkeys(todo) for name in implementations if search_space(name, p)]
     jobs = [job for job in jobs if job not in done]
@@ -146,9 +146,10 @@ def tune(
                     continue
                 with timing.alone():
                     entry = _measure((name, problem), *functions)
-                    if "config" not in entry:  # none agreed
-                        progress.advance(task)
-                        continue
+                if "config" not in entry:  # none agreed
+                    progress.advance(task)
+                    continue
+                with timing.locked(path.name):
                     table = _read(path)  # another call may have added to it
                     table["entries"].append(entry)
                     path.write_text(json.dumps(table | {"date": str(datetime.date.today())}, indent=1) + "\n")
