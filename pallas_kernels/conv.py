@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels import windows
-from pallas_kernels.matmul import Call, matmul, run, validate_operands
+from pallas_kernels.matmul import Call, run, validate_operands
 from pallas_kernels.row_grouped import RowGrouped
 from pallas_kernels.windows import Padding, Pair
 
@@ -39,7 +39,9 @@ def conv2d(
     the matrix of a Flax kernel (kh, kw, C, C_out) is `kernel.reshape(-1, C_out).T`.
 
     The native layout is "CHWN", channels first and the batch innermost: a column then meets contiguous runs of the
-    batch. Other layouts are transposed on the way in and out. A 1 x 1 convolution with stride 1 is `matmul`.
+    batch. Other layouts are transposed on the way in and out, and where only elementwise operations and reductions
+    stand between two convolutions under one `jit`, XLA cancels what stands between them: a network's images are moved
+    once. A 1 x 1 convolution with stride 1 is the feature-major product of `matmul`.
     Differentiable in `filters.values`, `x`, `bias` and `addend`; `vmap` also maps over stacked filters. Accumulates in
     float32. Second derivatives need `implementation="xla"`, as in `matmul`.
 
@@ -89,11 +91,6 @@ def conv2d(
     result = tuple((m, *window.outputs, b)[axis] for axis in FROM_NATIVE[layout])
     if addend is not None and addend.shape != result:
         raise ValueError(f"addend must have the result's shape {result}, got {addend.shape}")
-    if window.is_matmul and layout == "NHWC":
-        return matmul(
-            filters, x, bias=bias, addend=addend, activation=activation, implementation=implementation,
-            precision=precision,
-        )  # fmt: skip
     native, dtype = x.transpose(TO_NATIVE[layout]), jnp.result_type(filters.values, x)
     addend = None if addend is None else addend.transpose(TO_NATIVE[layout]).reshape(m, -1)
     values, native, bias, addend = jax.tree.map(lambda a: a.astype(dtype), (filters.values, native, bias, addend))

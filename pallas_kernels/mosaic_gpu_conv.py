@@ -44,9 +44,16 @@ def forward(matrix, x, bias, *, window, activation, precision, addend=None, conf
     return mosaic_gpu.call(matrix, ids, x, bias, addend, activation=activation, config=config, window=window)
 
 
-def forward_two_four(matrix, x, bias, **kwargs):
-    """Raises NotImplementedError: this backend has no kernel for 2:4."""
-    raise NotImplementedError("the Mosaic kernel does no 2:4")
+def forward_two_four(matrix, x, bias, *, window, **kwargs):
+    """`forward` for a 2:4 matrix, where the convolution is a product.
+
+    Raises:
+        NotImplementedError: it is none, or as `mosaic_gpu.forward_two_four`.
+    """
+    if not window.is_matmul:
+        raise NotImplementedError("the Mosaic kernel does no convolutions with 2:4 filters of several taps or steps")
+    flat = x.reshape(matrix.topology.k, -1)
+    return mosaic_gpu.forward_two_four(matrix, flat, bias, layout="feature_major", **kwargs)
 
 
 def heuristic(topology, window, batch: int):
@@ -66,6 +73,8 @@ def heuristic(topology, window, batch: int):
 
 def pays(matrix, x, window) -> bool:
     """Whether this kernel is faster than Triton's: with several taps, or enough tiles to make up for its slow start."""
+    if matrix.topology.pairs is not None:
+        return window.is_matmul and mosaic_gpu.pays(matrix, x.reshape(matrix.topology.k, -1), "feature_major")
     try:
         tiles, multiprocessors = _tiles(matrix.topology, window, x.shape[-1], 128), hopper.multiprocessors()
     except NotImplementedError:

@@ -72,10 +72,16 @@ def forward(matrix, x, bias, *, window, activation, precision, config=None):
     return _unpad_batch(y, x.shape[-1], batch)
 
 
-def forward_two_four(matrix, x, bias, **kwargs):
-    """`forward` for a 2:4 matrix, expanded. Slots without a column repeat one of their four, with zero values."""
+def forward_two_four(matrix, x, bias, *, window, **kwargs):
+    """`forward` for a 2:4 matrix: the packed product where it is one.
+
+    Else it is expanded. Slots without a column repeat one of their four, with zero values.
+    """
+    if window.is_matmul:
+        flat = x.reshape(matrix.topology.k, -1)
+        return triton.forward_two_four(matrix, flat, bias, layout="feature_major", **kwargs)
     filled = two_four.fill(dataclasses.replace(matrix.topology, pairs=None))
-    return forward(RowGrouped(expand(matrix).values, filled), x, bias, **kwargs)
+    return forward(RowGrouped(expand(matrix).values, filled), x, bias, window=window, **kwargs)
 
 
 def grad_values_two_four(topology, x, dy, **kwargs):

@@ -71,7 +71,7 @@ CASES = [
 
 
 def make(case, seed=0, dtype=np.float32):
-    """Shuffled filters whose second group is empty, and the same ones dense in float64: (M, kh, kw, C)."""
+    """Shuffled filters, second group empty, last full, and the same ones dense in float64: (M, kh, kw, C)."""
     rng = np.random.default_rng([seed, *case.kernel, case.channels, case.m])
     (kh, kw), v, m = case.kernel, case.v, case.m
     k, r = kh * kw * case.channels, -(-m // v)
@@ -80,7 +80,7 @@ def make(case, seed=0, dtype=np.float32):
     for group, part in enumerate(share):
         kept[group, rng.permutation(k)[: max(1, round(part * k))]] = True
     if case.counts == "ragged" and r > 1:
-        kept[1] = False
+        kept[-1], kept[1] = True, False
     rows = np.full(r * v, m, np.int32)
     rows[rng.permutation(r * v)[:m]] = rng.permutation(m)
     weight = np.asarray(jnp.asarray(rng.standard_normal((m, k)), dtype))
@@ -169,23 +169,33 @@ def test_half_precision(implementation):
     check(case, implementation, matrix, dense, np.random.default_rng(2), jnp.bfloat16, 2e-2)
 
 
-@pytest.mark.parametrize(("implementation", "padding"), [("xla", "SAME"), ("triton", "VALID")])
-def test_two_of_every_four_inside_the_groups(implementation, padding):
-    case, rng = Case((3, 3), padding=padding, channels=3, m=20, image=(5, 6)), np.random.default_rng(3)
-    rows = np.concatenate([rng.permutation(20), np.full(12, 20)]).astype(np.int32)
-    order = np.full((2, 28), 27, np.int32)
-    for group, counts in enumerate(((4, 3, 1), (2, 4))):
-        columns = iter(rng.permutation(27).tolist())
-        for four, count in enumerate(counts):
-            order[group, 4 * four : 4 * four + count] = list(itertools.islice(columns, count))
-    choice = np.zeros((20, 27), bool)
-    for stored, row in enumerate(rows[:20]):
-        for four in order[stored // 16].reshape(-1, 4):
-            live = four[four < 27]
-            choice[row, rng.permutation(live)[:2]] = True
-    weight = rng.standard_normal((20, 27)).astype(np.float32)
-    matrix = pk.from_dense_two_four(weight, rows, order, choice)
-    check(case, implementation, matrix, np.where(choice, weight, 0.0).reshape(20, 3, 3, 3), rng)
+def make_two_four(case, rng, dtype=np.float32):
+    """Shuffled filters, two of every four columns a row, with fours that lack columns, and the same ones dense."""
+    (kh, kw), v, m = case.kernel, case.v, case.m
+    k, r = kh * kw * case.channels, -(-m // v)
+    rows = np.concatenate([rng.permutation(m), np.full(r * v - m, m)]).astype(np.int32)
+    order = np.full((r, 4 * k), k, np.int32)
+    choice = np.zeros((m, k), bool)
+    for group, real in enumerate(rows.reshape(r, v)):
+        columns = iter(rng.permutation(k)[: k // (group + 2)].tolist())
+        for four in order[group].reshape(k, 4):
+            live = np.fromiter(itertools.islice(columns, int(rng.integers(1, 5))), int)
+            four[: len(live)] = live
+            for row in real[real < m]:
+                choice[row, rng.permutation(live)[:2]] = True
+    weight = np.asarray(jnp.asarray(rng.standard_normal((m, k)), dtype))
+    dense = np.where(choice, weight.astype(np.float64), 0)
+    return pk.from_dense_two_four(weight, rows, order, choice), dense.reshape(m, kh, kw, case.channels)
+
+
+@pytest.mark.parametrize(("implementation", "case"), [
+    ("xla", Case((3, 3), channels=3, m=20, image=(5, 6))),
+    ("triton", Case((3, 3), padding="VALID", channels=3, m=20, image=(5, 6))),
+    ("triton", Case((1, 1), channels=20, m=20, image=(3, 5))),
+], ids=lambda value: getattr(value, "name", value))  # fmt: skip
+def test_two_of_every_four_inside_the_groups(implementation, case):
+    rng = np.random.default_rng(3)
+    check(case, implementation, *make_two_four(case, rng), rng)
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
@@ -339,6 +349,29 @@ def test_values_and_gradients_on_a_gpu(gpu, case, implementation, dtype):
     window = None if case.batch == 24 else case.window  # where the slots point is worked out before, or in the call
     matrix = pk.prepare(matrix, implementation, window)
     check(case, implementation, matrix, dense, np.random.default_rng(1), dtype, 2e-2)
+
+
+TWO_FOUR_GPU_CASES = [
+    Case((3, 3), strides=2, image=(9, 10), channels=21, m=150, v=64, batch=16, activation="relu"),
+    Case((3, 3), dilation=2, padding="VALID", image=(7, 9), channels=24, m=256, v=128, batch=8),
+    Case((1, 1), image=(7, 9), channels=200, m=150, v=64, batch=16, activation="relu"),
+    Case((1, 1), strides=2, image=(7, 9), channels=130, m=128, v=128, batch=24),
+]
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize("implementation", [None, "triton"])
+@pytest.mark.parametrize("case", TWO_FOUR_GPU_CASES, ids=lambda case: f"{case.name}-V{case.v}")
+def test_two_of_every_four_on_a_gpu(gpu, case, implementation, dtype):
+    rng = np.random.default_rng(3)
+    matrix, dense = make_two_four(case, rng, dtype)
+    check(case, implementation, pk.prepare(matrix, implementation), dense, rng, dtype, 2e-2)
+
+
+@pytest.mark.parametrize("implementation", [None, "xla"])
+@pytest.mark.parametrize("case", GPU_CASES[1:4], ids=lambda case: f"{case.name}-V{case.v}")
+def test_float32_on_a_gpu(gpu, case, implementation):
+    check(case, implementation, *make(case), np.random.default_rng(1))
 
 
 @pytest.mark.parametrize("case", [

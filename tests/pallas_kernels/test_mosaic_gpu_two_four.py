@@ -88,6 +88,9 @@ def test_the_default_takes_it_where_it_pays(v, n, taken):
     text = lower(functools.partial(pk.matmul, layout="feature_major", activation="relu"), matrix, x)
     assert ("wgmma.mma_async.sp" in text) == taken
     assert ("xla.gpu.triton" in text) != taken
+    for layout, shape in (("CHWN", (200, 1, n // 8, 8)), ("NHWC", (8, n // 8, 1, 200))):
+        one_by_one = functools.partial(pk.conv2d, kernel_size=(1, 1), layout=layout)
+        assert ("wgmma.mma_async.sp" in lower(one_by_one, matrix, jnp.zeros(shape, x.dtype))) == taken
 
 
 def test_steps_that_are_none_fall_through():
