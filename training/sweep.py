@@ -21,6 +21,7 @@ import optax
 
 import shfl_jax
 from shfl_jax import LayerSpec, Mask, Masks, Pattern
+from shfl_jax.compress import matrices
 from shfl_jax.scores import magnitude
 from training.masking import choose_masks, keep_all, layer_kernels, zero_moments
 from training.tasks import Task
@@ -177,6 +178,9 @@ class Sweep:
     def evaluate_compressed(self, models: Models, masks: dict[str, Mask], pattern: Pattern) -> dict[str, float]:
         """Compresses the model of the first seed, prepares it, and measures it on the test data.
 
+        Returns:
+            What `evaluate` measures, and "layers", how many are compressed: the others stay dense and masked.
+
         Raises:
             ValueError: as `shfl_jax.compress`.
         """
@@ -189,7 +193,8 @@ class Sweep:
         def evaluate(sparse: Any, batch: Any) -> Any:
             return self.task.evaluate(functools.partial(shfl_jax.linen.apply, model, sparse), batch)
 
-        return self.task.finish(_joined([jax.device_get(evaluate(sparse, batch)) for batch in self._batches()]))
+        found = self.task.finish(_joined([jax.device_get(evaluate(sparse, batch)) for batch in self._batches()]))
+        return {**found, "layers": len(matrices(sparse))}
 
     def _batches(self) -> list[dict[str, np.ndarray]]:
         test, size = self.task.test, self.task.test_batch
