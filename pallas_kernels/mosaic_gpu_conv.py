@@ -61,26 +61,23 @@ def heuristic(topology, window, batch: int):
     kernel, v = hopper.kernel(), topology.group_size
     if v == 256:
         return mosaic_gpu.heuristic(v, mosaic_gpu.FEWEST_TOKENS)
-    multiprocessors = hopper.multiprocessors()
-    narrow, wide = (-(-_tiles(topology, window, batch, tokens) // multiprocessors) for tokens in (128, 256))
+    # How many tiles a program gets; one that is cut off by the last token counts for as much as it has.
+    multiprocessors, work = hopper.multiprocessors(), topology.num_groups * window.positions * batch
+    narrow, wide = (-(-work // (tokens * multiprocessors)) for tokens in (128, 256))
     small = NARROW * narrow < wide
     if v == 128:
-        return kernel.Config(block_tokens=128 if small else 256, stages=6 if small else 4, split="rows", band=4)
+        return kernel.Config(block_tokens=128 if small else 256, stages=6 if small else 4, split="rows")
     if small:
         return kernel.Config(block_tokens=128, stages=8, ahead=2)
     return kernel.Config(block_tokens=256, stages=5, ahead=2)
 
 
 def pays(matrix, x, window) -> bool:
-    """Whether this kernel is faster than Triton's: with several taps, or enough tiles to make up for its slow start."""
+    """Whether this kernel is faster than Triton's: with a tile for every fourth multiprocessor or more."""
     if matrix.topology.pairs is not None:
         return window.is_matmul and mosaic_gpu.pays(matrix, x.reshape(matrix.topology.k, -1), "feature_major")
     try:
-        tiles, multiprocessors = _tiles(matrix.topology, window, x.shape[-1], 128), hopper.multiprocessors()
+        tiles = matrix.topology.num_groups * -(-window.positions * x.shape[-1] // 128)
+        return 4 * tiles >= hopper.multiprocessors()
     except NotImplementedError:
         return False
-    return tiles >= 3 * multiprocessors if window.kernel == (1, 1) else 4 * tiles >= multiprocessors
-
-
-def _tiles(topology, window, batch: int, block_tokens: int) -> int:
-    return topology.num_groups * -(-window.positions * batch // block_tokens)

@@ -237,6 +237,7 @@ def _body(
     c = config
     program, block, warpgroup = lax.axis_index("program"), lax.axis_index("block"), lax.axis_index("warpgroup")
     plain, splat = plgpu.RefType(), plgpu.Layout.WG_SPLAT
+    _inline(functools.partial(ptx.init_barriers, count=c.stages, arrivals=ptx.WARPGROUP), plain)(gathered)
     count = lax.div(tiles - 1 - program, programs) + 1 if work is None else work[program, 0, 0]
 
     def entry(i):
@@ -247,6 +248,7 @@ def _body(
 
     @pl.when(warpgroup == 2)
     def _produce():
+        plgpu.set_max_registers(c.registers[1], action="decrease")
         copies = [(values, a_tiles), (words, *word_tiles)] if packed else [(values, a_tiles)]
         _producer(copies, columns, x, b_tiles, ids, gathered, a_full, ids_full, empty,
                   entry=entry, count=count, config=c, n=n, sentinels=sentinels, id_words=id_words,
@@ -254,7 +256,6 @@ def _body(
 
     @pl.when(warpgroup < 2)
     def _consume():
-        _inline(ptx.meet)()
         plgpu.set_max_registers(c.registers[0], action="increase")
         height, wide = (v // 2, c.block_tokens) if c.split == "rows" else (v, c.block_tokens // 2)
         rows_first, tokens_first = (height, 0) if c.split == "rows" else (0, wide)
@@ -426,10 +427,6 @@ def _producer(
     # The first weights need not wait for the first ids.
     early = jnp.minimum(steps, c.stages)
     lax.fori_loop(0, early, lambda k, _: copy_weights(k, first + k), None)
-    # What the first step waits for is under way; only now the rest gets ready.
-    _inline(functools.partial(ptx.init_barriers, count=c.stages, arrivals=ptx.WARPGROUP), plain)(gathered)
-    _inline(ptx.meet)()
-    plgpu.set_max_registers(c.registers[1], action="decrease")
     step, _ = lax.fori_loop(0, count, tile, (jnp.int32(0), cursor))
     for now in (step + i for i in range(c.stages)):  # nobody leaves while others have yet to arrive at its barriers
 

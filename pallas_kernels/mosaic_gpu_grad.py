@@ -88,7 +88,6 @@ def _body(columns, rows, x, dy, d, a_tiles, b_tiles, gathered, empty, *, config,
     program, warpgroup = lax.axis_index("program"), lax.axis_index("warpgroup")
     plain, splat, swizzled = plgpu.RefType(), plgpu.Layout.WG_SPLAT, plgpu.RefType(tiled)
     inline(functools.partial(ptx.init_barriers, count=c.stages, arrivals=ptx.WARPGROUP), plain)(gathered)
-    inline(ptx.meet)()
     mine = lax.div(tiles - program + (programs - 1), programs)
 
     def place(i):

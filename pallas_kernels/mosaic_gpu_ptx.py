@@ -12,7 +12,7 @@ import numpy as np
 from jax.experimental.mosaic.gpu import fragmented_array as fa
 from jax.experimental.mosaic.gpu import utils
 from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import arith, llvm, vector
+from jaxlib.mlir.dialects import arith, gpu, llvm, vector
 from jaxlib.mlir.dialects import math as mlir_math
 
 from pallas_kernels.windows import Window
@@ -25,16 +25,11 @@ TILE_ROWS, TILE_BYTES = 8, 128  # the unit of the swizzled layout: eight rows of
 
 
 def init_barriers(barriers, *, count: int, arrivals: int) -> None:
-    """Makes `count` barriers of `arrivals` arrivals each, one a thread. All see them after they `meet`."""
-    thread = arith.remui(_thread(), _i32(WARPGROUP))
+    """Makes `count` barriers of `arrivals` arrivals each, and lets every thread of the program see them."""
+    thread = _thread()
     with utils.when(arith.cmpi(arith.CmpIPredicate.ult, thread, _i32(count))):
         _emit("mbarrier.init.shared::cta.b64 [$0], $1;", [_barrier(barriers, thread), _i32(arrivals)])
-        _emit("fence.proxy.async;", [])
-
-
-def meet() -> None:
-    """Waits for all threads of the program, from different branches too."""
-    _emit("bar.sync 0;", [])
+    gpu.barrier()
 
 
 def wait(barriers, step, *, stages: int) -> None:
