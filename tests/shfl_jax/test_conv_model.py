@@ -261,6 +261,30 @@ def test_gradients_through_loops_and_remat():
         close(one, jax.tree.map(lambda a, k, i=i: a[i] * k, wanted, kept), 1e-4)
 
 
+def test_stacked_and_remat_convolutions_in_nnx(x):
+    class Model(nnx.Module):
+        def __init__(self, rngs):
+            make = nnx.vmap(lambda rngs: nnx.Conv(3, 3, (3, 3), padding=1, rngs=rngs))
+            self.layers = nnx.split_rngs(splits=2)(make)(rngs)
+            self.out = nnx.Conv(3, 5, (3, 3), strides=2, kernel_dilation=2, rngs=rngs)
+
+        def __call__(self, x):
+            run = nnx.scan(lambda x, layer: nnx.relu(layer(x)), in_axes=(nnx.Carry, 0), out_axes=nnx.Carry)
+            return nnx.remat(lambda layer, x: layer(x))(self.out, run(x, self.layers))
+
+    model = Model(nnx.Rngs(0))
+    specs = shfl_jax.nnx.resolve(Plan({".*": PATTERN}), model, x)
+    assert specs["layers/kernel"].batch_axes == (0,)
+    masks = random_masks(specs)
+    sparse = shfl_jax.nnx.sparsify(model, masks)
+    nnx.update(model, masks.apply(nnx.state(model, nnx.Param)))
+    gradient = nnx.jit(nnx.value_and_grad(lambda model, x: jnp.sin(model(x)).sum()))
+    (wanted, expected), (value, found) = gradient(model, x), gradient(sparse, x)
+    close(value, wanted)
+    for layer in ("layers", "out"):  # the biases' gradients have passed through all that follows
+        close(found[layer]["bias"][...], expected[layer]["bias"][...], 1e-4)
+
+
 def test_what_has_no_sparse_kernel_says_so(x):
     class Depthwise(nn.Module):
         @nn.compact
