@@ -68,11 +68,17 @@ def forms(model: resnet.ResNet, x: jax.Array, group_size: int) -> dict[str, tupl
     for form, chosen in (("compressed but for the stem", without), ("compressed", masks)):
         sparse = shfl_jax.prepare(shfl_jax.compress(params, chosen))
 
-        def apply(variables: Any, x: jax.Array) -> Any:
-            return shfl_jax.linen.apply(model, variables, x)
-
-        found[form] = (apply, {**variables, **sparse}, len(chosen))
+        # Closed over, integers are constants: where filters point is then worked out when compiling.
+        found[form] = (
+            _with_topology(model, sparse["topology"]),
+            {**variables, "params": sparse["params"]},
+            len(chosen),
+        )
     return found
+
+
+def _with_topology(model: resnet.ResNet, topology: Any) -> Callable:
+    return lambda variables, x: shfl_jax.linen.apply(model, {**variables, "topology": topology}, x)
 
 
 def measure(
