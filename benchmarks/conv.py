@@ -318,7 +318,7 @@ def teams(shares: Mapping[str, Sequence[tuple[str, Any]]], size: Mapping, torch:
     most = max(1, min(WORKERS, len(os.sched_getaffinity(0)) // len(shares)))
     for gpu, share in shares.items():
         # Few processes measure the dense ones: each loads XLA's libraries on the GPU first.
-        for kinds, processes in ((("dense",), min(2, most)), (("model", "sparse"), most)):
+        for kinds, processes in ((("dense",), min(4, most)), (("model", "sparse"), most)):
             questions = []
             for kind, of in share:
                 what = {"batch": of, "size": size} if kind == "model" else {"case": dataclasses.asdict(of)}

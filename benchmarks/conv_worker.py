@@ -11,6 +11,8 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # NumPy's products would take every core for each worker
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -88,7 +90,7 @@ def arranged(images: np.ndarray, layout: str) -> np.ndarray:
 
 def dense_kernel(case: Case, filters: RowGrouped) -> np.ndarray:
     """The decompressed filters (M, kh, kw, C)."""
-    return np.asarray(to_dense(filters)).reshape(-1, *case.layer.window.kernel, case.layer.channels)
+    return np.asarray(jax.jit(to_dense)(filters)).reshape(-1, *case.layer.window.kernel, case.layer.channels)
 
 
 def lower(function: Callable, arguments: tuple) -> jax.stages.Lowered:

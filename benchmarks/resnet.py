@@ -215,12 +215,13 @@ def random_units(
     """
     masked: dict[str, Any] = {}
     compressed: dict[str, Any] = {}
+    expand = jax.jit(pallas_kernels.to_dense)
     for i, (conv, channels, side) in enumerate(convolutions(image, stages, width)):
         m, size = conv.features, (conv.kernel, conv.kernel)
         window = windows.window((side, side), channels, size, conv.stride, conv.padding, 1)
         share = 0.0 if i == 0 else sparsity
         filters = tune.random_matrix(m, window.features, share, min(group_size, m), dtype=dtype, seed=i)
-        kernel = pallas_kernels.to_dense(filters).reshape(m, *size, channels)
+        kernel = expand(filters).reshape(m, *size, channels)
         bias = 0.1 * jax.random.normal(jax.random.key(i), (m,), dtype)
         masked[conv.name] = {"kernel": kernel, "bias": bias}
         compressed[conv.name] = {"kernel": pallas_kernels.prepare(filters, None, window), "bias": bias}

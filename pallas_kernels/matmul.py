@@ -127,7 +127,7 @@ def prepare(matrix: RowGrouped, implementation: str | None = None, window: Windo
         prepared = _first_able(BACKENDS, names, "prepare", matrix)
     if window is None or (window.is_matmul and prepared.topology.counts is None):
         return prepared
-    places = triton_conv.slot_places(prepared.topology, window)
+    places = jax.jit(triton_conv.slot_places, static_argnums=1)(prepared.topology, window)
     return RowGrouped(prepared.values, dataclasses.replace(prepared.topology, places=places, window=window))
 
 

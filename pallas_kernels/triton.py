@@ -28,7 +28,8 @@ def prepare(matrix: RowGrouped) -> RowGrouped:
         return matrix
     if topology.equal_counts and topology.max_count % SEGMENT == 0:
         return matrix
-    ptr = np.asarray(topology.group_ptr)
+    # In NumPy: JAX would compile every slice.
+    ptr, old_columns, old_values = map(np.asarray, (topology.group_ptr, topology.columns, matrix.values))
     counts = np.diff(ptr)
     order = np.argsort(-counts, kind="stable")
     lengths = -(-counts[order] // SEGMENT) * SEGMENT
@@ -37,8 +38,8 @@ def prepare(matrix: RowGrouped) -> RowGrouped:
     columns = np.zeros(starts[-1], np.int32)
     for g, start, length in zip(order, starts[:-1], lengths, strict=True):
         segment = slice(ptr[g], ptr[g + 1])
-        values[start : start + counts[g]] = np.asarray(matrix.values[segment])
-        columns[start : start + length] = np.resize(topology.columns[segment], length) if length else 0
+        values[start : start + counts[g]] = old_values[segment]
+        columns[start : start + length] = np.resize(old_columns[segment], length) if length else 0
     firsts = np.flatnonzero(np.diff(lengths, prepend=-1))
     runs = np.diff(np.append(firsts, len(lengths)))
     prepared = Topology(
