@@ -5,6 +5,8 @@ on it, which is also where XLA compiles products and convolutions of its own: it
 """
 
 import contextlib
+import dataclasses
+import functools
 import itertools
 import os
 import time
@@ -22,9 +24,10 @@ from benchmarks import resnet, workers
 from benchmarks.conv import BATCHES, Case, Layer, key_of
 from benchmarks.matmul import IMPLEMENTATIONS, XLA_ELEMENTS
 from benchmarks.workers import holding_gpu, on_host
-from pallas_kernels import timing, tune
+from pallas_kernels import mosaic_gpu_conv, timing, triton_conv, tune
 from pallas_kernels.conv import FROM_NATIVE, TO_NATIVE
 from pallas_kernels.row_grouped import RowGrouped, to_dense
+from pallas_kernels.windows import Window
 
 DENSE_LAYOUTS = {"NHWC": "OHWI", "NCHW": "OIHW", "CHWN": "OHWI"}  # of images, and how filters lie for them
 
@@ -156,6 +159,36 @@ def sparse_records(case: Case) -> list[dict[str, Any]]:
         ]
 
 
+def config_records(case: Case) -> list[dict[str, Any]]:
+    """The Mosaic kernel of a case with every config of its search space, the heuristic's first, and Triton's kernel."""
+    with on_host():
+        filters, images = operands(case)
+        window, reference = case.layer.window, float64_image(case, dense_kernel(case, filters), images)
+        arguments = pallas_kernels.prepare(filters, "mosaic_gpu", window), images
+    jobs = [("triton", None, triton_conv)]
+    space = mosaic_gpu_conv.search_space(arguments[0].topology, window, case.batch)
+    jobs += [("mosaic_gpu", config, mosaic_gpu_conv) for config in space]
+    compiled = []
+    for name, config, backend in jobs:
+        function = functools.partial(
+            backend.forward, bias=None, window=window, activation=None, precision=None, config=config
+        )
+        compiled.append(
+            build(lower(lambda filters, x, f=function: as_images(f(filters, x), window), arguments), arguments)
+        )
+    with holding_gpu():
+        return [
+            {"implementation": name, "config": config and dataclasses.asdict(config), "heuristic": config == space[0]}
+            | timed(found, "CHWN", reference)
+            for (name, config, _), found in zip(jobs, compiled, strict=True)
+        ]
+
+
+def as_images(y: jax.Array, window: Window) -> jax.Array:
+    """(M, H' W' B) as (M, H', W', B)."""
+    return y.reshape(y.shape[0], *window.outputs, -1)
+
+
 def shows_xla(case: Case) -> bool:
     """Whether plain XLA is measured beside the others: it is far behind, as the cases of the acceptance table show."""
     m, k, n = case.product
@@ -207,7 +240,8 @@ def answer(question: Mapping[str, Any]) -> list[dict[str, Any]]:
         case = question["case"]
         case = Case(**case | {"layer": Layer(**case["layer"])})
         key = key_of(case)
-        records = {"dense": dense_records, "sparse": sparse_records}[question["kind"]](case)
+        kinds = {"dense": dense_records, "sparse": sparse_records, "configs": config_records}
+        records = kinds[question["kind"]](case)
     seconds, held_s = time.monotonic() - started, workers.held_s - held_s
     print(f"  {question['kind']} {key}: {seconds:.1f} s, {held_s:.1f} s with the GPU", flush=True)
     return records
