@@ -1,7 +1,7 @@
 """The study behind `pallas_kernels.mosaic_gpu_conv.heuristic`: its search space, measured.
 
 `python -m benchmarks.conv_configs` writes `benchmarks/results/<device>/conv_configs.json`: the convolutions of
-ResNet-50 at 75%, with V = 64 and 128 and batches of 64 and 16, with every config of the Mosaic kernel and Triton's default.
+ResNet-50 at 75%, V = 64 and 128, batches of 64 and 16, with every config of the Mosaic kernel and Triton's default.
 All visible GPUs share them, as in `benchmarks.conv`.
 """
 

@@ -6,7 +6,6 @@ on it, which is also where XLA compiles products and convolutions of its own: it
 
 import contextlib
 import dataclasses
-import functools
 import itertools
 import os
 import time
@@ -27,7 +26,6 @@ from benchmarks.workers import holding_gpu, on_host
 from pallas_kernels import mosaic_gpu_conv, timing, triton_conv, tune
 from pallas_kernels.conv import FROM_NATIVE, TO_NATIVE
 from pallas_kernels.row_grouped import RowGrouped, to_dense
-from pallas_kernels.windows import Window
 
 DENSE_LAYOUTS = {"NHWC": "OHWI", "NCHW": "OIHW", "CHWN": "OHWI"}  # of images, and how filters lie for them
 
@@ -168,25 +166,21 @@ def config_records(case: Case) -> list[dict[str, Any]]:
     jobs = [("triton", None, triton_conv)]
     space = mosaic_gpu_conv.search_space(arguments[0].topology, window, case.batch)
     jobs += [("mosaic_gpu", config, mosaic_gpu_conv) for config in space]
-    compiled = []
-    for name, config, backend in jobs:
-        function = functools.partial(
-            backend.forward, bias=None, window=window, activation=None, precision=None, config=config
-        )
-        compiled.append(
-            build(lower(lambda filters, x, f=function: as_images(f(filters, x), window), arguments), arguments)
-        )
+
+    def forward(backend, config):
+        def function(filters, x):
+            y = backend.forward(filters, x, None, window=window, activation=None, precision=None, config=config)
+            return y.reshape(-1, *window.outputs, case.batch)
+
+        return function
+
+    compiled = [build(lower(forward(backend, config), arguments), arguments) for _, config, backend in jobs]
     with holding_gpu():
         return [
             {"implementation": name, "config": config and dataclasses.asdict(config), "heuristic": config == space[0]}
             | timed(found, "CHWN", reference)
             for (name, config, _), found in zip(jobs, compiled, strict=True)
         ]
-
-
-def as_images(y: jax.Array, window: Window) -> jax.Array:
-    """(M, H' W' B) as (M, H', W', B)."""
-    return y.reshape(y.shape[0], *window.outputs, -1)
 
 
 def shows_xla(case: Case) -> bool:

@@ -280,7 +280,8 @@ def measure(
             "form": form, "layout": layout, "pattern": "shfl_bw" if sparse else "dense",
             "sparsity": sparsity if sparse else 0.0, "group_size": group_size if sparse else 0,
             "compressed_layers": len(sparse),
-            "time_us": found, "call_us": call_us, "queued_us": queued_us, "kernels": kernels, "relative_error": float(error),
+            "time_us": found, "call_us": call_us, "queued_us": queued_us, "kernels": kernels,
+            "relative_error": float(error),
         })  # fmt: skip
     fastest = min(record["time_us"] for record in records if record["pattern"] == "dense")
     return [record | {"dense_time_us": fastest, "speedup": fastest / record["time_us"]} for record in records]
