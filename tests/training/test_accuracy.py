@@ -1,5 +1,6 @@
 import functools
 import json
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +15,7 @@ from training.sweep import Sweep, sparsities, sweep
 from training.tasks import TASKS, Recipe, digits, shapes, translation
 from training.tasks.task import unfolded_convolution
 
+RECORD = Path(__file__).parents[2] / "benchmarks" / "results" / "nvidia-h200" / "accuracy.json"
 H200 = jax.sharding.AbstractMesh((), (), abstract_device=jax.sharding.AbstractDevice("NVIDIA H200", 132, "gpu"))
 
 
@@ -69,6 +71,17 @@ def test_compressed_convolutions_run_in_the_kernels_of_a_gpu(name, convolutions)
     with jax.sharding.use_abstract_mesh(H200):
         text = apply.trace(sparse, *task.example).lower(lowering_platforms=("cuda",)).as_text()
     assert text.count('name = "row_grouped_conv"') == convolutions
+
+
+@pytest.mark.parametrize("task", ["digits", "shapes"])
+def test_compressed_models_of_the_record_are_as_accurate_as_masked_ones(task):
+    records = [r for r in json.loads(RECORD.read_text())["records"] if r["op"] == "accuracy" and r["task"] == task]
+    compressed = [r for r in records if "compressed_accuracy" in r]
+    grouped = [label for label, make in accuracy.PATTERNS.items() if make is not None and make(0.75).group_size > 1]
+    assert sorted(r["label"] for r in compressed) == sorted(grouped)
+    for record in compressed:
+        assert record["compressed_accuracy"] == pytest.approx(record["accuracy"], abs=0.0005)
+        assert record["compressed_loss"] == pytest.approx(record["loss"], rel=1e-4)
 
 
 def test_what_is_there_is_not_trained_again(tmp_path, monkeypatch):
