@@ -137,33 +137,35 @@ def run(
     return document
 
 
-def merge(path: Path, others: Sequence[Path]) -> dict[str, Any]:
-    """Adds the records of other results files, such as those of tasks that were trained at the same time.
+def merge(path: Path, others: Sequence[Path], names: Sequence[str] = tuple(TASKS)) -> dict[str, Any]:
+    """Adds the tasks of other results files, such as those that were trained at the same time.
+
+    A task comes whole from one file, the first that has it: differences are paired with the dense models of one run,
+    and another run's are others, because sums on a GPU are not the same twice.
 
     Args:
         path: the results file; made if it does not exist. What it holds stays as it is.
-        others: the other ones. Cases that are there are left out.
+        others: the other ones.
+        names: of the tasks that are added.
 
     Returns:
         The results file's content.
 
     Raises:
-        ValueError: files of different devices or versions of JAX, records of `smoke` models among others, or records of
-            a task by two recipes.
+        ValueError: files of different devices or versions of JAX, or records of `smoke` models among others.
     """
-    documents = [json.loads(p.read_text(encoding="utf-8")) for p in (path, *others) if p in others or p.exists()]
-    everything = [r for document in documents for r in document["records"] if r["op"] == "accuracy"]
-    recipes = {(r["task"], r["smoke"], json.dumps(r["recipe"])) for r in everything}
+    sources = [path, *others] if path.exists() else others
+    documents = [json.loads(source.read_text(encoding="utf-8")) for source in sources]
+    parts = [[r for r in document["records"] if r["op"] == "accuracy"] for document in documents]
     origins = {(document["device"], document["jax"]) for document in documents}
-    if len(origins) > 1 or len({smoke for _, smoke, _ in recipes}) > 1:
+    if len(origins) > 1 or len({record["smoke"] for part in parts for record in part}) > 1:
         raise ValueError(f"these files do not belong together: {sorted(origins)}, or smoke models among others")
-    if len(recipes) > len({task for task, *_ in recipes}):
-        raise ValueError("these files hold records of one task by different recipes")
-    found: dict[tuple, dict[str, Any]] = {}
-    for record in everything:
-        found.setdefault((record["task"], record["label"], record["sparsity"], record["seed"]), record)
+    found: list[dict[str, Any]] = []
+    for source, part in zip(sources, parts, strict=True):
+        there = {record["task"] for record in found}
+        found += [r for r in part if r["task"] not in there and (source == path or r["task"] in names)]
     order = {key: i for i, key in enumerate((name, c.label, c.sparsity) for name in TASKS for c in cases())}
-    records = sorted(found.values(), key=lambda r: (order[r["task"], r["label"], r["sparsity"]], r["seed"]))
+    records = sorted(found, key=lambda r: (order[r["task"], r["label"], r["sparsity"]], r["seed"]))
     return _write(path, records, documents[0] | {"date": max(document["date"] for document in documents)})
 
 
@@ -305,14 +307,14 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--seeds", type=int, default=SEEDS, help="number of seeds (default: %(default)s)")
     parser.add_argument("--smoke", action="store_true", help="tiny models, to runs/accuracy/accuracy.json")
     parser.add_argument("--table", action="store_true", help="train nothing, print what is there")
-    parser.add_argument("--merge", nargs="+", type=Path, metavar="FILE", help="train nothing, add these files' records")
+    parser.add_argument("--merge", nargs="+", type=Path, metavar="FILE", help="train nothing, add these files' tasks")
     parser.add_argument("--plot", type=Path, help="draw the results file's picture there; needs matplotlib")
     options = parser.parse_args(argv)
     name = json.loads(options.merge[0].read_text(encoding="utf-8"))["device"] if options.merge else device()
     default = Path(__file__).parent.parent / "benchmarks" / "results" / name / "accuracy.json"
     path = options.out or (Path("runs/accuracy/accuracy.json") if options.smoke else default)
     if options.merge:
-        document = merge(path, options.merge)
+        document = merge(path, options.merge, options.task)
     elif options.table:
         if not path.exists():
             parser.error(f"{path} does not exist; name a results file with --out")
