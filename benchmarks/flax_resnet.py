@@ -8,6 +8,7 @@ the times of all kernels by CUPTI stands how often XLA moves images from one lay
 import argparse
 import concurrent.futures
 import datetime
+import functools
 import json
 import math
 import pathlib
@@ -68,11 +69,17 @@ def forms(model: resnet.ResNet, x: jax.Array, group_size: int) -> dict[str, tupl
     for form, chosen in (("compressed but for the stem", without), ("compressed", masks)):
         sparse = shfl_jax.prepare(shfl_jax.compress(params, chosen))
 
-        def apply(variables: Any, x: jax.Array) -> Any:
-            return shfl_jax.linen.apply(model, variables, x)
-
-        found[form] = (apply, {**variables, **sparse}, len(chosen))
+        # Closed over, integers are constants: where filters point is then worked out when compiling.
+        found[form] = (
+            _with_topology(model, sparse["topology"]),
+            {**variables, "params": sparse["params"]},
+            len(chosen),
+        )
     return found
+
+
+def _with_topology(model: resnet.ResNet, topology: Any) -> Callable:
+    return lambda variables, x: shfl_jax.linen.apply(model, {**variables, "topology": topology}, x)
 
 
 def measure(
@@ -96,7 +103,8 @@ def measure(
     for form, (_, variables, layers) in found.items():
         program, arguments = programs[form], (variables, x)
         y = jax.block_until_ready(program(*arguments))
-        call_us = timing.interleaved_us({"": lambda p=program, a=arguments: p(*a)}, runs=10)[""]
+        call = functools.partial(program, *arguments)
+        call_us, queued_us = timing.interleaved_us({"": call}, runs=10)[""], timing.queued_us(call, runs=10)
         on_gpu = jax.default_backend() == "gpu"
         time_us, kernels = timing.median_us(program, [arguments, arguments]) if on_gpu else (call_us, 0)
         records.append({
@@ -104,7 +112,7 @@ def measure(
             "form": form, "pattern": "shfl_bw" if layers else "dense", "dtype": "bfloat16",
             "sparsity": SPARSITY if layers else 0.0, "group_size": group_size if layers else None,
             "compressed_layers": layers, "transpositions": transpositions(program.as_text(), pixels),
-            "time_us": time_us, "call_us": call_us, "kernels": kernels,
+            "time_us": time_us, "call_us": call_us, "queued_us": queued_us, "kernels": kernels,
             "dense_time_us": records[0]["time_us"] if records else time_us,
             "relative_error": float(jnp.linalg.norm(y[:8].astype(jnp.float32) - wanted) / jnp.linalg.norm(wanted)),
         })  # fmt: skip

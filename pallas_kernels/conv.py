@@ -39,7 +39,9 @@ def conv2d(
     the matrix of a Flax kernel (kh, kw, C, C_out) is `kernel.reshape(-1, C_out).T`.
 
     The native layout is "CHWN", channels first and the batch innermost: a column then meets contiguous runs of the
-    batch. Other layouts are transposed on the way in and out. A 1 x 1 convolution with stride 1 is `matmul`.
+    batch. Other layouts are transposed on the way in and out, and where only elementwise operations and reductions
+    stand between two convolutions under one `jit`, XLA cancels what stands between them: a network's images are moved
+    once. A 1 x 1 convolution with stride 1 is the feature-major product of `matmul`.
     Differentiable in `filters.values`, `x`, `bias` and `addend`; `vmap` also maps over stacked filters. Accumulates in
     float32. Second derivatives need `implementation="xla"`, as in `matmul`.
 

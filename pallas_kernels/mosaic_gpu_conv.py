@@ -66,10 +66,23 @@ def heuristic(topology, window, batch: int):
     narrow, wide = (-(-work // (tokens * multiprocessors)) for tokens in (128, 256))
     small = NARROW * narrow < wide
     if v == 128:
-        return kernel.Config(block_tokens=128 if small else 256, stages=6 if small else 4, split="rows")
+        return kernel.Config(block_tokens=128 if small else 256, stages=6 if small else 4, ahead=2, split="rows")
     if small:
         return kernel.Config(block_tokens=128, stages=8, ahead=2)
     return kernel.Config(block_tokens=256, stages=5, ahead=2)
+
+
+def search_space(topology, window, batch: int) -> tuple:
+    """The configs that are worth a measurement, the heuristic's first."""
+    kernel, v = hopper.kernel(), topology.group_size
+    shapes = {64: [(128, 8), (256, 5), (512, 3)], 128: [(128, 6), (256, 4)], 256: [(128, 4)]}[v]
+    split = "tokens" if v == 64 else "rows"
+    found = [heuristic(topology, window, batch)] + [
+        kernel.Config(block_tokens=tokens, stages=stages, ahead=2, split=split, band=band, cluster=cluster)
+        for tokens, stages in shapes
+        for band, cluster in ((1, 1), (4, 1), (1, 2))
+    ]
+    return tuple(dict.fromkeys(found))
 
 
 def pays(matrix, x, window) -> bool:

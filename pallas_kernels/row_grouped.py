@@ -299,7 +299,15 @@ def expand(matrix: RowGrouped) -> RowGrouped:
 def slot_groups(topology: Topology) -> jax.Array:
     """The group that owns each slot: (P,) int32, R for slots behind the last group."""
     slots = jnp.arange(topology.num_slots, dtype=jnp.int32)
-    return jnp.searchsorted(topology.group_ptr, slots, side="right").astype(jnp.int32) - 1
+    if topology.segments is None:
+        return jnp.searchsorted(topology.group_ptr, slots, side="right").astype(jnp.int32) - 1
+    # Known when tracing: one fusion, where the search is a loop of kernels.
+    start, first, groups = 0, 0, jnp.full_like(slots, topology.num_groups)
+    for count, length in topology.segments:
+        inside = (slots >= start) & (slots < start + count * length)
+        groups = jnp.where(inside, first + (slots - start) // max(length, 1), groups)
+        start, first = start + count * length, first + count
+    return groups
 
 
 def slot_is_real(topology: Topology) -> jax.Array:

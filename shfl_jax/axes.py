@@ -24,11 +24,12 @@ _TIE = "shfl_jax_tie_batch_axes"
 
 @dataclasses.dataclass(frozen=True)
 class Axes:
-    """The axes of a kernel by their use, each tuple ascending."""
+    """The axes of a kernel by their use, each tuple ascending, and whether that is a convolution."""
 
     batch: tuple[int, ...]
     contracting: tuple[int, ...]
     out: tuple[int, ...]
+    convolution: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -269,7 +270,7 @@ class _Tracer:
                 groups = eqn.params["feature_group_count"] // math.prod(self.shapes[kernel.path][a] for a in outer)
             inner = {axis for i in contracted for axis in kernel.dims[i]}
             if groups == 1 and eqn.params["batch_group_count"] == 1 and inner:
-                self.record(eqn, kernel, self.axes(kernel, inner, outer))
+                self.record(eqn, kernel, dataclasses.replace(self.axes(kernel, inner, outer), convolution=True))
             else:
                 self.record(eqn, kernel, None, "a convolution in groups of channels, which has no sparse kernel")
         return [None] * len(eqn.outvars)

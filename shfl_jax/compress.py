@@ -113,7 +113,7 @@ def _why_slower(matrix: RowGrouped, spec: LayerSpec, tokens: tuple[int, ...], dt
         "group_size": topology.group_size,
         "device": jax.devices()[0].device_kind,
     }
-    if len(spec.in_axes) == 3:  # the kernel of a convolution: its places, the channels and the features
+    if spec.convolution:
         taps = math.prod(spec.shape[axis] for axis in spec.in_axes[:-1])
         predict = functools.partial(pallas_kernels.predict_convolution, taps=taps, **problem)
     else:

@@ -122,17 +122,20 @@ def convolve(
     if len(kernel) == 1:  # an image of one row
         x, kernel, steps, dilations = x[:, None], (1, *kernel), (1, *steps), (1, *dilations)
         pads = pads if isinstance(pads, str) else [(0, 0), *pads]
-    y = pallas_kernels.conv2d(
-        matrix,
-        x,
-        kernel_size=(kernel[0], kernel[1]),
-        strides=(steps[0], steps[1]),
-        padding=pads,
-        dilation=(dilations[0], dilations[1]),
-        bias=bias,
-        layout="NHWC",
-        precision=precision,
-    )
+    try:
+        y = pallas_kernels.conv2d(
+            matrix,
+            x,
+            kernel_size=(kernel[0], kernel[1]),
+            strides=(steps[0], steps[1]),
+            padding=pads,
+            dilation=(dilations[0], dilations[1]),
+            bias=bias,
+            layout="NHWC",
+            precision=precision,
+        )
+    except ValueError as error:
+        raise ValueError(f"{spec.path} {spec.shape}: {error}") from error
     return y.reshape(*batch, *y.shape[3 - len(_tuple(kernel_size)) :])
 
 

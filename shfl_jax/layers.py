@@ -23,6 +23,7 @@ class LayerSpec:
         in_axes: axes that the layer contracts, ascending; their product is K.
         out_axes: the others, ascending; their product is M.
         pattern: the sparsity pattern; frozen and hashable.
+        convolution: whether it is a convolution's kernel, whose `in_axes` are the filter's places and the channels.
     """
 
     path: str
@@ -31,6 +32,7 @@ class LayerSpec:
     in_axes: tuple[int, ...]
     out_axes: tuple[int, ...]
     pattern: Any
+    convolution: bool = False
 
     def __post_init__(self) -> None:
         """Checks the axes.

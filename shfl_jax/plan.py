@@ -79,7 +79,9 @@ class Plan:
         Returns:
             path -> spec.
         """
-        return {
-            path: LayerSpec(path, params[path].shape, axes[path].batch, axes[path].contracting, axes[path].out, pattern)
-            for path, pattern in self.assign(params).items()
-        }
+        found = {}
+        for path, pattern in self.assign(params).items():
+            use = axes[path]
+            shape = params[path].shape
+            found[path] = LayerSpec(path, shape, use.batch, use.contracting, use.out, pattern, use.convolution)
+        return found

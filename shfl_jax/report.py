@@ -127,7 +127,8 @@ def report(sparse: Mapping[str, Any], tokens: int | Sequence[int] | None = None)
     Args:
         sparse: what `compress`, `prepare` or `load` returned.
         tokens: token counts at which every compressed layer is measured against its dense form on the default device
-            (its first slice, if stacked; this makes that dense weight). None measures nothing.
+            (its first slice, if stacked; this makes that dense weight), but no convolution, whose images could have any
+            sizes. None measures nothing.
 
     Returns:
         The report.
@@ -143,7 +144,7 @@ def report(sparse: Mapping[str, Any], tokens: int | Sequence[int] | None = None)
     for path, layer in layers(sparse).items():
         matrix = compressed.get(path)
         described = _dense(path, layer, params[path]) if matrix is None else _compressed(path, layer, matrix)
-        if matrix is not None and counts:
+        if matrix is not None and counts and not layer.spec.convolution:
             first = matrix
             for _ in layer.spec.batch_axes:
                 first = jax.tree.map(lambda array: array[0], first)

@@ -75,6 +75,21 @@ def test_every_config_of_the_search_space_lowers_for_cuda(op, v):
         assert "mosaic_gpu" in lower(tune.product(op, config, "mosaic_gpu"), matrix, x, dy), config
 
 
+@pytest.mark.parametrize("v", GROUP_SIZES)
+def test_every_config_for_convolutions_lowers_for_cuda(v):
+    window = windows.window((9, 7), 16, (3, 3), 1, "SAME", 1)
+    filters = pk.prepare(tune.random_matrix(2 * v, window.features, 0.5, v, dtype="bfloat16"), "mosaic_gpu", window)
+    with gpu_mesh():
+        space = mosaic_gpu_conv.search_space(filters.topology, window, 24)
+        assert space[0] == mosaic_gpu_conv.heuristic(filters.topology, window, 24)
+    assert len(space) > 2
+    for config in space:
+        call = functools.partial(
+            mosaic_gpu_conv.forward, bias=None, window=window, activation=None, precision=None, config=config
+        )
+        assert "mosaic_gpu" in lower(call, filters, jnp.zeros((16, 9, 7, 24), jnp.bfloat16)), config
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize("activation", [None, "relu", "silu"])
 def test_dtypes_and_epilogues_lower_for_cuda(dtype, activation):

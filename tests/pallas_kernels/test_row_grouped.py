@@ -64,6 +64,8 @@ def test_to_dense_on_the_device_keeps_every_bit(case):
     for form in (matrix, pk.prepare(matrix, "xla")):
         bits = np.asarray(to_dense(form)).view(np.uint32)
         np.testing.assert_array_equal(bits, numpy_dense(matrix).view(np.uint32))
+        lengths = np.diff(form.topology.group_ptr)
+        np.testing.assert_array_equal(slot_groups(form.topology), np.repeat(np.arange(len(lengths)), lengths))
     np.testing.assert_array_equal(np.asarray(slot_groups(matrix.topology)), np.nonzero(case[2])[0])
     positions = np.asarray(row_positions(matrix.topology))
     np.testing.assert_array_equal(case[1][positions], np.arange(len(case[0])))
@@ -98,6 +100,10 @@ def test_equal_counts_show_in_the_shapes():
 def test_padding_of_a_prepared_matrix_is_no_weight():
     kept = np.zeros((3, 8), bool)
     kept[0, :5] = kept[1, :4] = True
+    triton = pk.prepare(pk.from_dense(np.ones((48, 8)), np.arange(48, dtype=np.int32), kept), "triton").topology
+    assert triton.segments == ((2, 64), (1, 0))
+    np.testing.assert_array_equal(slot_groups(triton), np.repeat([0, 1], 64))
+    assert int(slot_is_real(triton).sum()) == 9
     matrix = pk.prepare(pk.from_dense(np.ones((6, 8), np.float32), np.arange(6, dtype=np.int32), kept), "xla")
     assert int(slot_is_real(matrix.topology).sum()) == 9
     assert (np.asarray(matrix.topology.columns)[~np.asarray(slot_is_real(matrix.topology))] == 8).all()

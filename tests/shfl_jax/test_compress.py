@@ -167,11 +167,12 @@ def test_convolutions_are_looked_up_by_their_own_counts(monkeypatch):
     monkeypatch.setattr(pallas_kernels, "predict_convolution", predict)
     rng = np.random.default_rng(0)
     shape, axes = (3, 3, 4, 8), ((), (0, 1, 2), (3,))
-    specs = tuple(LayerSpec(f"{name}/kernel", shape, *axes, VW(0.5, group_size=4)) for name in "ab")
+    specs = tuple(LayerSpec(f"{name}/kernel", shape, *axes, VW(0.5, group_size=4), name < "c") for name in "abd")
     mask = Mask(jnp.arange(8, dtype=jnp.int32), jnp.asarray(rng.random((2, 36)) < 0.5), 8)
-    params = {name: {"kernel": jnp.asarray(rng.normal(size=shape), jnp.float32)} for name in "ab"}
+    params = {name: {"kernel": jnp.asarray(rng.normal(size=shape), jnp.float32)} for name in "abd"}
     masks = Masks({spec.path: mask for spec in specs}, specs)
-    sparse = shfl_jax.compress(params, masks, tokens={"a/kernel": 64, "b/kernel": (50, 200)})
+    # A product of three axes, the last of them, is no convolution.
+    sparse = shfl_jax.compress(params, masks, tokens={"a/kernel": 64, "b/kernel": (50, 200), "d/kernel": 200})
     assert asked == [(8, 36, 64, 9), (8, 36, 50, 9), (8, 36, 200, 9)]
     assert sparse["topology"]["a"]["kernel"].dense_because == ""
     assert "0.50 of dense speed for 200 tokens" in sparse["topology"]["b"]["kernel"].dense_because

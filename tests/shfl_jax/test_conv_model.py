@@ -1,6 +1,7 @@
 """Convolutional models: masked and compressed give the same, in Linen and in NNX."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +11,7 @@ from flax import linen as nn
 from flax import nnx
 
 import shfl_jax
-from shfl_jax import BW, NM, TVW, VW, Mask, Masks, Plan, linen
+from shfl_jax import BW, NM, TEW, TVW, TW, VW, Mask, Masks, Plan, ShflBW, linen
 
 PATTERN = VW(0.6, group_size=4)
 
@@ -126,9 +127,58 @@ def test_a_residual_network_in_nnx(x):
         sparse(jnp.ones((2, 9, 9, 4)))
 
 
+# Every option of a Flax Conv, and images with other batch axes than one.
+OPTIONS = [
+    ((3, 3), (2, 7, 8, 3), {"strides": (2, 1), "padding": [(0, 1), (2, 0)], "kernel_dilation": (1, 2)}),
+    ((3, 2), (7, 6, 3), {"strides": 2, "padding": "valid", "use_bias": False, "precision": "highest"}),
+    ((1, 1), (2, 2, 5, 4, 3), {"padding": 1}),
+    ((1, 1), (5, 4, 3), {"strides": None, "kernel_dilation": None}),
+    ((5, 3), (2, 6, 7, 3), {"padding": "REFLECT", "kernel_dilation": (1, 2)}),
+    ((2, 3), (2, 6, 7, 3), {"padding": "CIRCULAR", "strides": 2, "dtype": jnp.bfloat16}),
+    ((3, 3), (0, 5, 5, 3), {"padding": (1, 0), "dtype": jnp.float16}),
+    (4, (2, 9, 3), {"padding": "CAUSAL", "strides": 2, "kernel_dilation": 2}),
+    ((3,), (9, 3), {"padding": "SAME_LOWER", "strides": 2}),
+]
+
+
+@pytest.mark.parametrize(("size", "shape", "options"), OPTIONS, ids=lambda value: str(value))
+def test_options_of_a_convolution(size, shape, options):
+    x = jax.random.normal(jax.random.key(2), shape)
+    model = nn.Conv(7, size, **options)
+    dense, sparse, specs = masked(model, x)
+    assert specs["kernel"].convolution
+    expected, found = jax.jit(model.apply)(dense, x), jax.jit(lambda v, x: linen.apply(model, v, x))(sparse, x)
+    layer = nnx.Conv(3, 7, size, **options, rngs=nnx.Rngs(0))
+    nnx.update(layer, shfl_jax.decompress(sparse))
+    (spec,) = shfl_jax.nnx.resolve(Plan({".*": PATTERN}), layer, x).values()
+    assert spec == specs["kernel"]
+    other = shfl_jax.nnx.sparsify(layer, random_masks({"kernel": spec}))(x)
+    tolerance = 1e-5 if expected.dtype == jnp.float32 else 2e-2
+    for y in (found, other):
+        assert y.dtype == expected.dtype
+        close(y, expected, tolerance)
+
+
+def test_layouts_are_not_flipped_between_layers(x):
+    def moved(function, *arguments):
+        text = jax.jit(function).lower(*arguments).compile().as_text()
+        return set(re.findall(r"f32\[(\d+,\d+,\d+,\d+)\]\S* (?:transpose|copy)\(", text))
+
+    # What XLA moves is the images that come in, and those that go out.
+    model = Residual()
+    _, sparse, _ = masked(model, x)
+    assert moved(functools.partial(linen.apply, model), sparse, x) == {"3,15,13,2"}
+    model = NnxResidual(nnx.Rngs(0))
+    model.eval()
+    masks = random_masks(shfl_jax.nnx.resolve(Plan({".*": PATTERN}), model, x))
+    graph, state = nnx.split(shfl_jax.nnx.sparsify(model, masks))
+    assert moved(lambda state, x: nnx.merge(graph, state)(x), state, x) == {"3,15,13,2", "2,8,7,6"}
+
+
 def test_masks_of_patterns(x):
     patterns = {
-        "nm": NM(), "bw": BW(0.5, 4), "vw": VW(0.5, 4), "tvw": TVW(0.6, 4, rounds=0),
+        "nm": NM(), "tew": TEW(0.5, 4), "bw": BW(0.5, 4), "vw": VW(0.5, 4), "tw": TW(0.5, 4),
+        "tvw": TVW(0.6, 4, rounds=0), "shfl_bw": ShflBW(0.5, 4, search="kmeans"),
     }  # fmt: skip
 
     class Model(nn.Module):
@@ -151,7 +201,11 @@ def test_masks_of_patterns(x):
     sparse = shfl_jax.compress(params, masks)
     reasons = {path.split("/")[0]: layer.dense_because for path, layer in shfl_jax.path_leaves(
         sparse["topology"], lambda node: isinstance(node, shfl_jax.LayerTopology)).items()}  # fmt: skip
-    assert {name for name, reason in reasons.items() if reason} == {"nm"}
+    assert {name for name, reason in reasons.items() if reason} == {"nm", "tew"}
+    expected = jax.jit(model.apply)({"params": masks.apply(params)}, x)
+    close(jax.jit(lambda v, x: linen.apply(model, v, x))(sparse, x), expected)
+    # A convolution is not timed as if it were a product.
+    assert not any(layer.timings for layer in shfl_jax.report(sparse, tokens=8).layers)
 
 
 def test_stacked_padded_and_one_dimensional_convolutions():
@@ -177,6 +231,60 @@ def test_stacked_padded_and_one_dimensional_convolutions():
     same(model, dense, sparse, x)
 
 
+def test_gradients_through_loops_and_remat():
+    class Step(nn.Module):
+        @nn.compact
+        def __call__(self, x, _=None):
+            heads = nn.vmap(nn.Conv, {"params": 0}, split_rngs={"params": True}, axis_size=2)
+            return nn.relu(nn.remat(heads)(3, (3, 3), name="heads")(x)), None
+
+    class Model(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return nn.scan(Step, {"params": 0}, split_rngs={"params": True}, length=2)(name="layers")(x)[0]
+
+    model, xs = Model(), jax.random.normal(jax.random.key(4), (3, 2, 2, 4, 5, 3))
+    dense, sparse, specs = masked(model, xs[0])
+    assert specs["layers/heads/kernel"].batch_axes == (0, 1)
+
+    def gradients(apply, variables):
+        def loss(params, x):
+            return jnp.sin(apply(model, {**variables, "params": params}, x)).sum()
+
+        return jax.jit(jax.vmap(jax.grad(loss, (0, 1)), (None, 0)))(variables["params"], xs)
+
+    (wanted, wanted_x), (found, found_x) = gradients(nn.Module.apply, dense), gradients(linen.apply, sparse)
+    close(found_x, wanted_x, 1e-4)
+    kept = shfl_jax.decompress({**sparse, "params": jax.tree.map(jnp.ones_like, sparse["params"])})
+    for i in range(len(xs)):
+        one = shfl_jax.decompress({**sparse, "params": jax.tree.map(lambda a, i=i: a[i], found)})
+        close(one, jax.tree.map(lambda a, k, i=i: a[i] * k, wanted, kept), 1e-4)
+
+
+def test_stacked_and_remat_convolutions_in_nnx(x):
+    class Model(nnx.Module):
+        def __init__(self, rngs):
+            make = nnx.vmap(lambda rngs: nnx.Conv(3, 3, (3, 3), padding=1, rngs=rngs))
+            self.layers = nnx.split_rngs(splits=2)(make)(rngs)
+            self.out = nnx.Conv(3, 5, (3, 3), strides=2, kernel_dilation=2, rngs=rngs)
+
+        def __call__(self, x):
+            run = nnx.scan(lambda x, layer: nnx.relu(layer(x)), in_axes=(nnx.Carry, 0), out_axes=nnx.Carry)
+            return nnx.remat(lambda layer, x: layer(x))(self.out, run(x, self.layers))
+
+    model = Model(nnx.Rngs(0))
+    specs = shfl_jax.nnx.resolve(Plan({".*": PATTERN}), model, x)
+    assert specs["layers/kernel"].batch_axes == (0,)
+    masks = random_masks(specs)
+    sparse = shfl_jax.nnx.sparsify(model, masks)
+    nnx.update(model, masks.apply(nnx.state(model, nnx.Param)))
+    gradient = nnx.jit(nnx.value_and_grad(lambda model, x: jnp.sin(model(x)).sum()))
+    (wanted, expected), (value, found) = gradient(model, x), gradient(sparse, x)
+    close(value, wanted)
+    for layer in ("layers", "out"):  # the biases' gradients have passed through all that follows
+        close(found[layer]["bias"][...], expected[layer]["bias"][...], 1e-4)
+
+
 def test_what_has_no_sparse_kernel_says_so(x):
     class Depthwise(nn.Module):
         @nn.compact
@@ -197,6 +305,13 @@ def test_what_has_no_sparse_kernel_says_so(x):
     ):
         _, sparse, _ = masked(layer, x)
         with pytest.raises(NotImplementedError, match=rf"kernel \(.*\): .*{text}.*None in the plan"):
+            linen.apply(layer, sparse, x)
+    for layer, text in (
+        (nn.Conv(4, (3, 3), padding="VALID", kernel_dilation=9), "filters that span .* do not fit"),
+        (nn.Conv(4, (3, 3), padding=-1), "none negative"),
+    ):
+        _, sparse, _ = masked(layer, x)
+        with pytest.raises(ValueError, match=rf"kernel \(3, 3, 3, 4\): .*{text}"):
             linen.apply(layer, sparse, x)
     cube = nn.Conv(4, (3, 3, 3))
     _, sparse, _ = masked(cube, x[..., None])

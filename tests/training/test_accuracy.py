@@ -1,3 +1,4 @@
+import functools
 import json
 
 import jax
@@ -12,6 +13,8 @@ from training import accuracy, accuracy_plot, claims
 from training.sweep import Sweep, sparsities, sweep
 from training.tasks import TASKS, Recipe, digits, shapes, translation
 from training.tasks.task import unfolded_convolution
+
+H200 = jax.sharding.AbstractMesh((), (), abstract_device=jax.sharding.AbstractDevice("NVIDIA H200", 132, "gpu"))
 
 
 def records_of(task, label, values, sparsity=0.75, higher=True):
@@ -47,8 +50,25 @@ def test_every_task_trains_and_leaves_records(tmp_path, name, labels):
         assert record["measured_sparsity"] == pytest.approx(record["sparsity"], abs=0.05)
         if record["pattern"] == "vw" and record["seed"] == 0:
             assert record["compressed_accuracy"] == pytest.approx(record["accuracy"], abs=0.011)
+            assert record["compressed_loss"] == pytest.approx(record["loss"], rel=1e-5)
+            assert record["compressed_layers"] == {"digits": 3, "shapes": 2}[name]
     means = [r for r in document["records"] if r["op"] == "accuracy_mean"]
     assert {r["seeds"] for r in means} == {2}
+
+
+@pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated")
+@pytest.mark.parametrize(("name", "convolutions"), [("digits", 2), ("shapes", 2)])
+def test_compressed_convolutions_run_in_the_kernels_of_a_gpu(name, convolutions):
+    task, pattern = TASKS[name](True), shfl_jax.VW(0.5, group_size=16)
+    specs = sweep(task, (0,)).specs
+    params = jax.jit(task.model.init)(jax.random.key(0), *task.example)["params"]
+    kernels = shfl_jax.path_leaves(params)
+    masks = {path: shfl_jax.mask(jnp.abs(spec.to_matrix(kernels[path])), pattern) for path, spec in specs.items()}
+    sparse = shfl_jax.prepare(shfl_jax.compress(params, shfl_jax.Masks(masks, tuple(specs.values()))), "triton")
+    apply = jax.jit(functools.partial(shfl_jax.linen.apply, task.model))
+    with jax.sharding.use_abstract_mesh(H200):
+        text = apply.trace(sparse, *task.example).lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count('name = "row_grouped_conv"') == convolutions
 
 
 def test_what_is_there_is_not_trained_again(tmp_path, monkeypatch):

@@ -1,0 +1,65 @@
+"""The study behind `pallas_kernels.mosaic_gpu_conv.heuristic`: its search space, measured.
+
+`python -m benchmarks.conv_configs` writes `benchmarks/results/<device>/conv_configs.json`: the convolutions of
+ResNet-50 at 75%, V = 64 and 128, batches of 64 and 16, with every config of the Mosaic kernel and Triton's default.
+All visible GPUs share them, as in `benchmarks.conv`.
+"""
+
+import argparse
+import dataclasses
+import datetime
+import json
+import pathlib
+from collections.abc import Sequence
+
+import jax
+
+from benchmarks import workers
+from benchmarks.conv import BATCHES, RESNET50, Case, key_of
+from benchmarks.matmul import RESULTS
+from pallas_kernels import configs
+
+WORKERS = 12  # processes on a GPU
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.conv_configs", description=__doc__)
+    parser.add_argument("--minutes", type=float, default=3.0, help="begin nothing new after this time")
+    parser.add_argument("--out", type=pathlib.Path)
+    options = parser.parse_args(argv)
+    if jax.default_backend() != "gpu":
+        parser.error("configs of the kernel are measured on a Hopper GPU")
+    out = options.out or RESULTS / configs.device_name(jax.devices()[0].device_kind) / "conv_configs.json"
+    cases = [
+        Case("resnet50", layer, batch, group_size=v)
+        for v, batch in ((64, BATCHES[0]), (128, BATCHES[0]), (64, BATCHES[1]), (128, BATCHES[1]))
+        for layer in RESNET50
+        if v <= max(64, layer.features)
+    ]
+    gpus, order = workers.visible_gpus(), {key_of(case): i for i, case in enumerate(cases)}
+    teams = []
+    for i, gpu in enumerate(gpus):
+        questions = [(case, {"kind": "configs", "case": dataclasses.asdict(case)}) for case in cases[i :: len(gpus)]]
+        teams.append(workers.Team("benchmarks.conv_worker", gpu, WORKERS, questions))
+    records = []
+    for case, found in workers.answers(teams, 60 * options.minutes):
+        key, (m, k, n) = key_of(case), case.product
+        base = {"op": "conv2d", **dataclasses.asdict(case), "m": m, "k": k, "n": n, "case": key}
+        timed = [record for record in found or () if record["time_us"]]
+        if not timed:
+            print(f"{key}: nothing was measured")
+            continue
+        first = next(record["time_us"] for record in timed if record["heuristic"])
+        best = min(record["time_us"] for record in timed)
+        records += [base | record | {"heuristic_time_us": first, "best_time_us": best} for record in found]
+        print(f"{key}: the heuristic's {first:.1f} us, the best {best:.1f} us", flush=True)
+        records.sort(key=lambda record: order[record["case"]])
+        result = {"device": out.parent.name, "jax": jax.__version__, "records": records}
+        result["date"] = str(datetime.date.today())
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
