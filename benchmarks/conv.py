@@ -255,11 +255,13 @@ def summaries(records: Iterable[dict]) -> list[dict[str, Any]]:
         groups[r["batch"], r["sparsity"], r["group_size"]].append((r["layer"], r["speedup"]))
     found = []
     for (batch, sparsity, v), some in sorted(groups.items()):
-        record = {"op": "conv2d_summary", "batch": batch, "sparsity": sparsity, "group_size": v, "layers": len(some)}
-        for name, kernel, channels in (("speedup_3x3", 3, 0), ("speedup_1x1", 1, 256)):
-            speedups = [s for layer, s in some if layer["kernel"] == kernel and layer["channels"] >= channels]
-            record[name] = statistics.geometric_mean(speedups) if speedups else None
-        found.append(record | {"slow_share": sum(speedup < SLOW for _, speedup in some) / len(some)})
+        threes = [speedup for layer, speedup in some if layer["kernel"] == 3]
+        ones = [speedup for layer, speedup in some if layer["kernel"] == 1 and layer["channels"] >= 256]
+        if threes and ones:
+            record = {"op": "conv2d_summary", "batch": batch, "sparsity": sparsity, "group_size": v}
+            record |= {"layers": len(some), "slow_share": sum(speedup < SLOW for _, speedup in some) / len(some)}
+            means = {"speedup_3x3": statistics.geometric_mean(threes), "speedup_1x1": statistics.geometric_mean(ones)}
+            found.append(record | means)
     return found
 
 

@@ -2,15 +2,18 @@
 
 `python -m benchmarks.conv_configs` writes `benchmarks/results/<device>/conv_configs.json`: the convolutions of
 ResNet-50 at 75%, V = 64 and 128, batches of 64 and 16, with every config of the Mosaic kernel and Triton's default.
-All visible GPUs share them, as in `benchmarks.conv`.
+All visible GPUs share them, as in `benchmarks.conv`. A summary for each V and batch follows in the file.
 """
 
 import argparse
 import dataclasses
 import datetime
+import itertools
 import json
 import pathlib
-from collections.abc import Sequence
+import statistics
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import jax
 
@@ -27,7 +30,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.conv_configs", description=__doc__)
     parser.add_argument("--minutes", type=float, default=3.0, help="begin nothing new after this time")
     parser.add_argument("--out", type=pathlib.Path)
+    parser.add_argument("--summary", action="store_true", help="measure nothing, summarise anew what is there")
     options = parser.parse_args(argv)
+    if options.summary:
+        out = options.out or RESULTS / "nvidia-h200" / "conv_configs.json"
+        write(out, json.loads(out.read_text()))
+        return
     if jax.default_backend() != "gpu":
         parser.error("configs of the kernel are measured on a Hopper GPU")
     out = options.out or RESULTS / configs.device_name(jax.devices()[0].device_kind) / "conv_configs.json"
@@ -55,10 +63,38 @@ def main(argv: Sequence[str] | None = None) -> None:
         records += [base | record | {"heuristic_time_us": first, "best_time_us": best} for record in found]
         print(f"{key}: the heuristic's {first:.1f} us, the best {best:.1f} us", flush=True)
         records.sort(key=lambda record: order[record["case"]])
-        result = {"device": out.parent.name, "jax": jax.__version__, "records": records}
-        result["date"] = str(datetime.date.today())
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(json.dumps(result, indent=1) + "\n")
+        today = str(datetime.date.today())
+        write(out, {"device": out.parent.name, "jax": jax.__version__, "date": today, "records": records})
+
+
+def write(out: pathlib.Path, result: dict[str, Any]) -> None:
+    """Writes the file, its summaries made anew."""
+    records = [record for record in result["records"] if record["op"] == "conv2d"]
+    result["records"] = [*records, *summaries(records)]
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps(result, indent=1) + "\n")
+
+
+def summaries(records: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """For each V and batch geometric means over the layers of times in terms of the best, and the heuristic's worst."""
+    found = []
+    timed = sorted((r for r in records if r["time_us"]), key=lambda r: (r["group_size"], r["batch"]))
+    for (v, batch), some in itertools.groupby(timed, key=lambda r: (r["group_size"], r["batch"])):
+        layers: dict[str, dict[str, float]] = {}
+        for r in some:
+            config = r["config"]
+            name = r["implementation"] if config is None else "clusters" if config["cluster"] > 1 else "alone"
+            times = layers.setdefault(r["case"], {"heuristic": r["heuristic_time_us"], "best": r["best_time_us"]})
+            times[name] = min(r["time_us"], times.get(name, r["time_us"]))
+        means = {
+            f"{name}_of_best": statistics.geometric_mean(times[name] / times["best"] for times in layers.values())
+            for name in ("heuristic", "clusters", "triton")
+            if all(name in times for times in layers.values())
+        }
+        worst = max(times["heuristic"] / times["best"] for times in layers.values())
+        base = {"op": "conv2d_configs_summary", "group_size": v, "batch": batch, "layers": len(layers)}
+        found.append(base | means | {"worst_of_best": worst})
+    return found
 
 
 if __name__ == "__main__":

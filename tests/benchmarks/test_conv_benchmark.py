@@ -53,8 +53,7 @@ def test_the_program_shares_its_cases_among_workers_and_resumes(tmp_path, capsys
     out = tmp_path / "cpu" / "conv.json"
     arguments = ["--size", "tiny", "--acceptance", "--out", str(out)]
     conv.main(arguments)
-    everything = json.loads(out.read_text())["records"]
-    records = [r for r in everything if r["op"] == "conv2d"]
+    records = json.loads(out.read_text())["records"]
     assert list(dict.fromkeys(r["case"] for r in records)) == [
         "tiny/3x3s1/4to32/image5/batch8/0.75/V64/equal/CHWN/bfloat16",
         "tiny/1x1s2/8to32/image6/batch8/0.75/V64/equal/CHWN/bfloat16",
@@ -65,8 +64,6 @@ def test_the_program_shares_its_cases_among_workers_and_resumes(tmp_path, capsys
     assert all(record["relative_error"] < 1e-2 and record["time_us"] > 0 for record in records)
     measured = [r for r in records if r.get("default")]
     assert [r["implementation"] for r in measured] == ["xla", "xla"]
-    (summary,) = [r for r in everything if r not in records]
-    assert summary["speedup_3x3"] == pytest.approx(measured[0]["speedup"])
     capsys.readouterr()
     conv.main(arguments)
     assert capsys.readouterr().out == ""
@@ -86,8 +83,10 @@ def test_the_program_shares_its_cases_among_workers_and_resumes(tmp_path, capsys
     conv_cost._table.cache_clear()
     found = pallas_kernels.predict_convolution(32, 36, 8 * 25, **problem)
     assert found == (measured[0]["time_us"], measured[0]["dense_time_us"])
-    twice = pallas_kernels.predict_convolution(32, 36, 16 * 25, **problem)
-    assert twice == pytest.approx((2 * measured[0]["time_us"], 2 * measured[0]["dense_time_us"]))
+    for before, after in zip(found, pallas_kernels.predict_convolution(32, 36, 16 * 25, **problem), strict=True):
+        assert before < after < 2 * before  # a kernel of this size takes its launch
+    for before, after in zip(found, pallas_kernels.predict_convolution(32, 36, 2**30, **problem), strict=True):
+        assert after > 1e3 * before
     for other in ({"device": "gpu"}, {"group_size": 64}, {"dtype": "float32"}):
         assert pallas_kernels.predict_convolution(32, 36, 200, **(problem | other)) is None
     conv_cost._table.cache_clear()
@@ -113,6 +112,7 @@ def test_what_follows_from_the_records():
         record(conv.Case("resnet50", three, 64, layout="NHWC"), 9.0),
         record(conv.Case("resnet50", narrow, 64, layout="NHWC"), 48.0),
         record(conv.Case("resnet50", one, 16, layout="NHWC"), 1.0),
+        record(conv.Case("resnet50", one, 32), 1.0),  # a summary is of both kinds
         record(conv.Case("resnet50", one, 64, layout="NHWC"), None),
     ]
     (summary,) = conv.summaries(records)
