@@ -17,7 +17,6 @@ Without a GPU, `--size tiny` runs the whole program on small images, timed by th
 import argparse
 import collections
 import dataclasses
-import datetime
 import itertools
 import json
 import os
@@ -32,7 +31,8 @@ os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # several proce
 import jax
 
 from benchmarks import resnet, workers
-from benchmarks.matmul import BASELINES, GROUP_SIZES, RESULTS
+from benchmarks.matmul import BASELINES, GROUP_SIZES
+from benchmarks.records import RESULTS, write
 from pallas_kernels import configs, conv_cost, windows
 from pallas_kernels.conv import ConvLayout
 from pallas_kernels.windows import Window
@@ -218,11 +218,7 @@ class Results:
     def save(self, order: Mapping[str, int]) -> None:
         """Writes the file: records in an order of cases, then what follows from them."""
         records = sorted(self.records, key=lambda r: order.get(r["case"], len(order)))
-        result = {"device": self.out.parent.name, "jax": jax.__version__}
-        result |= {"records": [*records, *summaries(records), *transposes(records)]}
-        result["date"] = str(datetime.date.today())
-        self.out.parent.mkdir(parents=True, exist_ok=True)
-        self.out.write_text(json.dumps(result, indent=1) + "\n")
+        write(self.out, [*records, *summaries(records), *transposes(records)])
         self.saved = time.monotonic()
 
 

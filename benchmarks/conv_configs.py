@@ -7,7 +7,6 @@ All visible GPUs share them, as in `benchmarks.conv`. A summary for each V and b
 
 import argparse
 import dataclasses
-import datetime
 import itertools
 import json
 import pathlib
@@ -19,7 +18,7 @@ import jax
 
 from benchmarks import workers
 from benchmarks.conv import BATCHES, RESNET50, Case, key_of
-from benchmarks.matmul import RESULTS
+from benchmarks.records import RESULTS, write
 from pallas_kernels import configs
 
 WORKERS = 12  # processes on a GPU
@@ -34,10 +33,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = parser.parse_args(argv)
     if options.summary:
         out = options.out or RESULTS / "nvidia-h200" / "conv_configs.json"
-        write(out, json.loads(out.read_text()))
+        document = json.loads(out.read_text())
+        records = [record for record in document["records"] if record["op"] == "conv2d"]
+        write(out, [*records, *summaries(records)], document)
         return
     if jax.default_backend() != "gpu":
-        parser.error("configs of the kernel are measured on a Hopper GPU")
+        parser.error("configs of the kernel are measured on a Hopper GPU, and there is none here")
     out = options.out or RESULTS / configs.device_name(jax.devices()[0].device_kind) / "conv_configs.json"
     cases = [
         Case("resnet50", layer, batch, group_size=v)
@@ -63,16 +64,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         records += [base | record | {"heuristic_time_us": first, "best_time_us": best} for record in found]
         print(f"{key}: the heuristic's {first:.1f} us, the best {best:.1f} us", flush=True)
         records.sort(key=lambda record: order[record["case"]])
-        today = str(datetime.date.today())
-        write(out, {"device": out.parent.name, "jax": jax.__version__, "date": today, "records": records})
-
-
-def write(out: pathlib.Path, result: dict[str, Any]) -> None:
-    """Writes the file, its summaries made anew."""
-    records = [record for record in result["records"] if record["op"] == "conv2d"]
-    result["records"] = [*records, *summaries(records)]
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(result, indent=1) + "\n")
+        write(out, [*records, *summaries(records)])
 
 
 def summaries(records: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -14,9 +14,7 @@ import concurrent.futures
 import csv
 import ctypes
 import dataclasses
-import datetime
 import glob
-import json
 import os
 import pathlib
 import re
@@ -30,7 +28,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from benchmarks.matmul import RESULTS
+from benchmarks.records import RESULTS, write
 from pallas_kernels import configs, timing, triton, tune
 
 MARKER = "cosine"  # in the name of the kernel that XLA makes of `mark`
@@ -254,9 +252,7 @@ def main(arguments: Iterable[str] | None = None) -> int:
         print("not all cases were counted: nothing is written without --out", file=sys.stderr)
         return 1
     out = options.out or RESULTS / device / "counters.json"
-    result = {"device": device, "jax": jax.__version__, "date": str(datetime.date.today())}
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(result | {"records": records}, indent=1) + "\n")
+    write(out, records)
     return 0
 
 

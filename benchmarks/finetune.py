@@ -7,9 +7,7 @@ the kernel times of a step by CUPTI, and the bytes of the pruned layers' paramet
 
 import argparse
 import dataclasses
-import datetime
 import functools
-import json
 import pathlib
 import statistics
 import time
@@ -22,6 +20,7 @@ import numpy as np
 import optax
 
 import shfl_jax
+from benchmarks.records import RESULTS, write
 from pallas_kernels import timing
 from shfl_jax import LayerSpec, Masks, ShflBW
 from training.compare import device
@@ -178,18 +177,11 @@ def main(argv: list[str] | None = None) -> None:
     options = parser.parse_args(argv)
     if options.smoke and options.out is None:
         parser.error("--smoke needs --out")
-    path = options.out or pathlib.Path(__file__).parent / "results" / device() / "finetune.json"
+    path = options.out or RESULTS / device() / "finetune.json"
     records: list[dict[str, Any]] = []
     for case in (SMOKE,) if options.smoke else CASES:
         records += measure(case, options.rounds)
-        document = {
-            "device": device(),
-            "jax": jax.__version__,
-            "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-            "records": records,
-        }
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+        write(path, records)
         for r in records[-2:]:
             print(
                 f"{r['case']}, {r['label']}: {r['time_us'] / 1e3:.2f} ms a step, {r['speedup']:.2f} times dense; "

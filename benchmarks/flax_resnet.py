@@ -7,9 +7,7 @@ the times of all kernels by CUPTI stands how often XLA moves images from one lay
 
 import argparse
 import concurrent.futures
-import datetime
 import functools
-import json
 import math
 import pathlib
 import re
@@ -22,6 +20,7 @@ import numpy as np
 
 import shfl_jax
 from benchmarks import resnet
+from benchmarks.records import RESULTS, write
 from pallas_kernels import timing
 from shfl_jax import LayerSpec, Mask, Masks, Plan, ShflBW
 from training.compare import device
@@ -128,16 +127,9 @@ def main(argv: list[str] | None = None) -> None:
     options = parser.parse_args(argv)
     if options.smoke and options.out is None:
         parser.error("--smoke needs --out")
-    path = options.out or pathlib.Path(__file__).parent / "results" / device() / "flax_resnet.json"
+    path = options.out or RESULTS / device() / "flax_resnet.json"
     records = measure(2, 32, 16, resnet.ResNet((1, 1), 16, 5)) if options.smoke else measure(options.batch)
-    document = {
-        "device": device(),
-        "jax": jax.__version__,
-        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-        "records": records,
-    }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    write(path, records)
     for r in records:
         print(
             f"{r['form']}: {r['time_us']:.0f} us in {r['kernels']} kernels ({r['speedup']:.2f}), {r['call_us']:.0f} us "

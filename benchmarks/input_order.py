@@ -5,10 +5,7 @@ by exhaustive search. Writes `benchmarks/results/<device>/input_order.json`.
 """
 
 import argparse
-import datetime
 import itertools
-import json
-import pathlib
 from collections.abc import Iterator
 
 import jax
@@ -16,9 +13,10 @@ import jax.numpy as jnp
 import numpy as np
 
 import shfl_jax
+from benchmarks.records import RESULTS, write
 from shfl_jax import fours
+from training.compare import device
 
-RESULTS = pathlib.Path(__file__).parent / "results"
 KINDS = ("normal", "columns", "correlated")
 
 
@@ -130,14 +128,7 @@ def main() -> None:
     for sparsity in (0.75, 0.875):
         for pattern in (shfl_jax.TVW(sparsity, 128), shfl_jax.ShflTVW(sparsity, 128), shfl_jax.ShflTVW(sparsity, 32)):
             records.append(layer_record(jnp.asarray(weight), pattern, "normal"))
-    device = jax.devices()[0]
-    name = "cpu" if device.platform == "cpu" else device.device_kind.lower().replace(" ", "-")
-    path = RESULTS / name / "input_order.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    date = datetime.datetime.now(datetime.UTC).date().isoformat()
-    path.write_text(
-        json.dumps({"device": name, "jax": jax.__version__, "date": date, "records": records}, indent=1) + "\n"
-    )
+    write(RESULTS / device() / "input_order.json", records)
     for record in records:
         print({key: round(value, 4) if isinstance(value, float) else value for key, value in record.items()})
 

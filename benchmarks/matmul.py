@@ -10,7 +10,6 @@ import argparse
 import concurrent.futures
 import contextlib
 import dataclasses
-import datetime
 import importlib.util
 import itertools
 import json
@@ -28,11 +27,11 @@ import numpy as np
 
 import pallas_kernels
 from benchmarks import two_four, workers
+from benchmarks.records import RESULTS, write
 from pallas_kernels import configs, mosaic_gpu, mosaic_gpu_two_four, timing, tune
 from pallas_kernels.matmul import Layout
 from pallas_kernels.row_grouped import to_dense
 
-RESULTS = pathlib.Path(__file__).parent / "results"
 SPARSITIES = (0.75, 0.5, 0.875, 0.9)
 GROUP_SIZES = (128, 64, 32)
 PAPER = (
@@ -325,10 +324,8 @@ def key_of(case: Case) -> str:
 def run(todo: list[Case], out: pathlib.Path, minutes: float, batch: int = 8) -> None:
     """Measures cases until the time is over."""
     started = time.monotonic()
-    result = {"device": out.parent.name, "jax": jax.__version__, "records": []}
-    if out.exists():
-        result["records"] = json.loads(out.read_text())["records"]
-    done = {record["case"] for record in result["records"]}
+    records = json.loads(out.read_text())["records"] if out.exists() else []
+    done = {record["case"] for record in records}
     todo = [case for case in dict.fromkeys(todo) if key_of(case) not in done]
     torch = Torch()
     with contextlib.closing(torch), concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
@@ -338,15 +335,13 @@ def run(todo: list[Case], out: pathlib.Path, minutes: float, batch: int = 8) -> 
                 if time.monotonic() - started > minutes * 60:
                     print(f"out of time: {len(todo) - i} cases or fewer left, call again to go on")
                     return
-                records = measure(case, functions, torch)
-                result["records"] += records
-                result["date"] = str(datetime.date.today())
-                out.parent.mkdir(parents=True, exist_ok=True)
-                out.write_text(json.dumps(result, indent=1) + "\n")
+                new = measure(case, functions, torch)
+                records += new
+                write(out, records)
                 line = ", ".join(
                     f"{r['implementation']}{'/' + str(r['group_size']) if r['implementation'] == 'torch_bsr' else ''} "
                     f"{r['time_us']:.1f} ({r['speedup']:.2f})"
-                    for r in records if r["time_us"]
+                    for r in new if r["time_us"]
                 )  # fmt: skip
                 print(f"{key_of(case)}: {line}", flush=True)
 

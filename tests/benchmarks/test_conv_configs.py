@@ -21,8 +21,11 @@ def test_summaries_compare_with_the_best_of_each_layer_and_are_written_once(tmp_
     records = [r | {"heuristic_time_us": 10.0, "best_time_us": 8.0} for r in first]
     records += [r | {"heuristic_time_us": 5.0, "best_time_us": 5.0} for r in second]
     path = tmp_path / "conv_configs.json"
-    conv_configs.write(path, {"date": "now", "records": records})
+    origin = {"device": "some-gpu", "jax": "1.2.3", "date": "2026-01-02"}
+    path.write_text(json.dumps(origin | {"records": records}))
+    conv_configs.main(["--summary", "--out", str(path)])
     before = path.read_text()
+    assert origin.items() <= json.loads(before).items()
     conv_configs.main(["--summary", "--out", str(path)])
     assert path.read_text() == before
     *same, summary = json.loads(before)["records"]
