@@ -35,7 +35,7 @@ def forward(matrix, x, bias, *, window, activation, precision, addend=None, conf
     triton_conv.check_window(window)
     if batch == 0 or batch % triton_tiles.VECTOR:
         raise NotImplementedError(f"the Mosaic kernel needs images in multiples of 8, got {batch}")
-    config = heuristic(topology, window, batch, adds=addend is not None) if config is None else config
+    config = heuristic(topology, window, batch) if config is None else config
     # Padding is not read, as a product would: where filters have few columns it is most of a step.
     if window.is_matmul and topology.counts is None:
         ids, x, window = topology.columns, x.reshape(topology.k, -1), None
@@ -56,8 +56,8 @@ def forward_two_four(matrix, x, bias, *, window, **kwargs):
     return mosaic_gpu.forward_two_four(matrix, flat, bias, layout="feature_major", **kwargs)
 
 
-def heuristic(topology, window, batch: int, *, adds: bool = False):
-    """The config for some filters and images, with or without an addend; see docs/kernels.md."""
+def heuristic(topology, window, batch: int):
+    """The config for some filters and images; measured, see docs/kernels.md."""
     kernel, v = hopper.kernel(), topology.group_size
     if v == 256:
         return mosaic_gpu.heuristic(v, mosaic_gpu.FEWEST_TOKENS)
@@ -69,8 +69,7 @@ def heuristic(topology, window, batch: int, *, adds: bool = False):
         return kernel.Config(block_tokens=128 if small else 256, stages=6 if small else 4, ahead=2, split="rows")
     if small:
         return kernel.Config(block_tokens=128, stages=8, ahead=2)
-    # An addend is read through the L1 cache, which has what shared memory leaves.
-    return kernel.Config(block_tokens=256, stages=4 if adds else 5, ahead=1 if adds else 2)
+    return kernel.Config(block_tokens=256, stages=5, ahead=2)
 
 
 def search_space(topology, window, batch: int) -> tuple:
