@@ -33,9 +33,10 @@ import jax
 from benchmarks import resnet, workers
 from benchmarks.matmul import BASELINES, GROUP_SIZES
 from benchmarks.records import RESULTS, write
-from pallas_kernels import configs, conv_cost, windows
-from pallas_kernels.conv import ConvLayout
-from pallas_kernels.windows import Window
+from pallas_kernels import _tables as tables
+from pallas_kernels import _window as windows
+from pallas_kernels._conv import ConvLayout
+from pallas_kernels._window import Window
 
 SPARSITIES = (0.75, 0.5, 0.875)
 BATCHES = (64, 16)
@@ -365,14 +366,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     if options.acceptance or options.model:
         todo = todo[: len(layers)] if options.acceptance else []
         models = models if options.model else ()
-    device = configs.device_name(jax.devices()[0].device_kind)
+    device = tables.file_name(jax.devices()[0].device_kind)
     out = options.out or RESULTS / device / ("conv_tiny.json" if tiny else "conv.json")
     run(todo, models, out, options.minutes, again=options.again, size=TINY_MODEL if tiny else {})
 
 
 def write_table(results: pathlib.Path) -> None:
-    """Writes the table of `pallas_kernels.conv_cost`."""
-    entries, path = [], conv_cost.FOLDER / f"{results.parent.name}.json"
+    """Writes the table of `pallas_kernels._tables`."""
+    entries, path = [], tables.TABLES / "convolutions" / f"{results.parent.name}.json"
     for r in defaults(json.loads(results.read_text())["records"], "CHWN"):
         slots = -(-r["m"] // r["group_size"]) * round(r["k"] * (1 - r["sparsity"]))
         entry = {key: r[key] for key in ("m", "k", "n", "group_size", "dtype", "time_us", "dense_time_us")}

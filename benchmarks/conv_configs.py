@@ -19,7 +19,7 @@ import jax
 from benchmarks import workers
 from benchmarks.conv import BATCHES, RESNET50, Case, key_of
 from benchmarks.records import RESULTS, write
-from pallas_kernels import configs
+from pallas_kernels import _tables as tables
 
 WORKERS = 12  # processes on a GPU
 
@@ -39,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         return
     if jax.default_backend() != "gpu":
         parser.error("configs of the kernel are measured on a Hopper GPU, and there is none here")
-    out = options.out or RESULTS / configs.device_name(jax.devices()[0].device_kind) / "conv_configs.json"
+    out = options.out or RESULTS / tables.file_name(jax.devices()[0].device_kind) / "conv_configs.json"
     cases = [
         Case("resnet50", layer, batch, group_size=v)
         for v, batch in ((64, BATCHES[0]), (128, BATCHES[0]), (64, BATCHES[1]), (128, BATCHES[1]))

@@ -23,9 +23,11 @@ from benchmarks import resnet, workers
 from benchmarks.conv import BATCHES, Case, Layer, key_of
 from benchmarks.matmul import IMPLEMENTATIONS, XLA_ELEMENTS
 from benchmarks.workers import holding_gpu, on_host
-from pallas_kernels import mosaic_gpu_conv, timing, triton_conv, tune
-from pallas_kernels.conv import FROM_NATIVE, TO_NATIVE
-from pallas_kernels.row_grouped import RowGrouped, to_dense
+from pallas_kernels import timing, tune
+from pallas_kernels._conv import FROM_NATIVE, TO_NATIVE
+from pallas_kernels._matrix import RowGrouped, to_dense
+from pallas_kernels.mosaic import _conv as mosaic_gpu_conv
+from pallas_kernels.triton import _conv as triton_conv
 
 DENSE_LAYOUTS = {"NHWC": "OHWI", "NCHW": "OIHW", "CHWN": "OHWI"}  # of images, and how filters lie for them
 

@@ -29,7 +29,9 @@ import jax
 import jax.numpy as jnp
 
 from benchmarks.records import RESULTS, write
-from pallas_kernels import configs, timing, triton, tune
+from pallas_kernels import _tables as tables
+from pallas_kernels import timing, tune
+from pallas_kernels.triton import _matmul as triton
 
 MARKER = "cosine"  # in the name of the kernel that XLA makes of `mark`
 PROCESSES = 4
@@ -59,7 +61,7 @@ class Case:
     n: int = 4096
     sparsity: float = 0.75
     group_size: int = 128
-    op: configs.Op = "forward"
+    op: tables.Op = "forward"
     epilogue: str | None = None  # None, or an activation with a bias
 
 
@@ -223,7 +225,7 @@ def main(arguments: Iterable[str] | None = None) -> int:
     query = subprocess.run([ncu, "--query-metrics", "--chips", "gh100"], capture_output=True, text=True, check=False)
     metrics = known_metrics(query.stdout) or list(METRICS[:6])
     print(f"{ncu}: {' '.join(version.split())}\nmetrics: {metrics}", flush=True)
-    device = configs.device_name(jax.devices("cuda")[0].device_kind)
+    device = tables.file_name(jax.devices("cuda")[0].device_kind)
     cases = list(options.case)
     parts = [cases[i::PROCESSES] for i in range(PROCESSES) if cases[i::PROCESSES]]
     records: list[dict[str, Any]] = []

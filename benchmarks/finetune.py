@@ -23,9 +23,9 @@ import shfl_jax
 from benchmarks.records import RESULTS, write
 from pallas_kernels import timing
 from shfl_jax import LayerSpec, Masks, ShflBW
+from shfl_jax.pruning._losses import bits_per_token
 from training.compare import device
 from training.gpt import GPT
-from training.losses import bits_per_token
 
 PRUNED = r"(.*/)?(mlp|attn)/.*"
 STEPS = 8

@@ -14,7 +14,7 @@ import numpy as np
 
 import shfl_jax
 from benchmarks.records import RESULTS, write
-from shfl_jax import fours
+from shfl_jax.patterns.search import _fours as fours
 from training.compare import device
 
 KINDS = ("normal", "columns", "correlated")

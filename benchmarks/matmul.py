@@ -28,9 +28,13 @@ import numpy as np
 import pallas_kernels
 from benchmarks import two_four, workers
 from benchmarks.records import RESULTS, write
-from pallas_kernels import configs, mosaic_gpu, mosaic_gpu_two_four, timing, tune
-from pallas_kernels.matmul import Layout
-from pallas_kernels.row_grouped import to_dense
+from pallas_kernels import _tables as tables
+from pallas_kernels import timing, tune
+from pallas_kernels._matrix import to_dense
+from pallas_kernels._op import Layout
+from pallas_kernels.mosaic import _matmul as mosaic_gpu
+from pallas_kernels.mosaic import _two_four as mosaic_gpu_two_four
+from pallas_kernels.triton import _configs as configs
 
 SPARSITIES = (0.75, 0.5, 0.875, 0.9)
 GROUP_SIZES = (128, 64, 32)
@@ -283,7 +287,7 @@ def config_of(case: Case, matrix, implementation: str) -> dict | None:
         return dataclasses.asdict(mosaic_gpu_two_four.heuristic(matrix.topology, case.n)) if packed else None
     slots, segments = matrix.topology.num_slots, matrix.topology.segments
     equal = segments is not None and len(segments) == 1
-    problem = configs.Problem("forward", case.m, case.k, case.n, slots, case.group_size, case.dtype, equal)
+    problem = tables.Problem("forward", case.m, case.k, case.n, slots, case.group_size, case.dtype, equal)
     look_up = {"mosaic_gpu": mosaic_gpu.tuned, "triton": configs.config}[implementation]
     return dataclasses.asdict(look_up(problem, jax.devices()[0].device_kind))
 
@@ -355,7 +359,7 @@ def main() -> None:
     parser.add_argument("--again", action="store_true", help="measure the chosen cases of the acceptance table anew")
     parser.add_argument("--out", type=pathlib.Path)
     options = parser.parse_args()
-    device = configs.device_name(jax.devices("cuda")[0].device_kind)
+    device = tables.file_name(jax.devices("cuda")[0].device_kind)
     todo = list(ACCEPTANCE if options.acceptance else cases())
     todo = [case for case in todo if options.suite is None or case.suite in options.suite]
     out = options.out or RESULTS / device / "matmul.json"

@@ -27,9 +27,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels import configs, mosaic_gpu, timing, triton, tune
-from pallas_kernels.mosaic_gpu_forward import Config
-from pallas_kernels.row_grouped import to_dense
+from pallas_kernels import _tables as tables
+from pallas_kernels import timing, tune
+from pallas_kernels._matrix import to_dense
+from pallas_kernels.mosaic import _matmul as mosaic_gpu
+from pallas_kernels.mosaic._forward import Config
+from pallas_kernels.triton import _matmul as triton
 
 PATIENCE = 45  # seconds without an answer after which a kernel counts as hanging
 LARGEST_ERROR = 5e-3  # relative, in the Frobenius norm: rounding a result to bfloat16 costs 1.7e-3
@@ -212,7 +215,7 @@ class Study:
 
     def save(self) -> None:
         """Writes the file."""
-        self.result["device"] = configs.device_name(jax.devices()[0].device_kind)
+        self.result["device"] = tables.file_name(jax.devices()[0].device_kind)
         self.result["date"] = str(datetime.date.today())
         self.out.parent.mkdir(parents=True, exist_ok=True)
         self.out.write_text(json.dumps(self.result, indent=1) + "\n")

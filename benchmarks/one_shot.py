@@ -28,7 +28,7 @@ from rich.table import Table
 from scipy import stats
 
 from shfl_jax import BW, NM, TVW, TW, VW, Pattern, Plan, ShflBW, Unstructured
-from shfl_jax.one_shot import prune_one_shot
+from shfl_jax.oneshot import prune_one_shot
 from training import bert
 
 GROUP_SIZES = (64, 32, 128)

@@ -17,7 +17,8 @@ from jax import lax
 
 import pallas_kernels
 from benchmarks.workers import holding_gpu, on_host
-from pallas_kernels import timing, tune, windows
+from pallas_kernels import _window as windows
+from pallas_kernels import timing, tune
 
 STAGES = (3, 4, 6, 3)
 EPSILON = 1e-5

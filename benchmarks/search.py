@@ -29,8 +29,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from shfl_jax import TVW, VW, ShflBW, ShflTVW, Unstructured
-from shfl_jax.masks import Mask
-from shfl_jax.patterns.base import Pattern
+from shfl_jax.patterns import Mask
+from shfl_jax.patterns._base import Pattern
 from training import bert
 
 GROUP_SIZES = (32, 64, 128)

@@ -21,8 +21,13 @@ import jax.numpy as jnp
 import numpy as np
 
 import pallas_kernels
-from pallas_kernels import RowGrouped, configs, mosaic_gpu, mosaic_gpu_two_four, timing, triton, triton_two_four, tune
-from pallas_kernels.row_grouped import Topology, to_dense
+from pallas_kernels import RowGrouped, timing, tune
+from pallas_kernels import _tables as tables
+from pallas_kernels._matrix import Topology, to_dense
+from pallas_kernels.mosaic import _matmul as mosaic_gpu
+from pallas_kernels.mosaic import _two_four as mosaic_gpu_two_four
+from pallas_kernels.triton import _matmul as triton
+from pallas_kernels.triton import _two_four as triton_two_four
 
 PAIRS = np.array([first | second << 2 for first in range(4) for second in range(first + 1, 4)], np.uint8)
 LARGE, TALL = (4096, 4096), (14336, 4096)
@@ -171,7 +176,7 @@ def main() -> None:
     parser.add_argument("--search", nargs="+", default=[], choices=BACKENDS, help="backends whose configs are compared")
     parser.add_argument("--first", type=int, help="only so many cases")
     arguments = parser.parse_args()
-    started, device = time.monotonic(), configs.device_name(tune.triton_device())
+    started, device = time.monotonic(), tables.file_name(tune.triton_device())
     results: dict[str, Any] = {"device": device, "jax": jax.__version__, "date": None, "records": []}
     todo = cases()[: arguments.first]
     matrices = {case: pallas_kernels.prepare(random_matrix(case), "mosaic_gpu") for case in todo}

@@ -1,11 +1,10 @@
 """Products with row-grouped matrices: arrays in, arrays out. Knows no patterns and no network library."""
 
-from pallas_kernels.conv import conv2d
-from pallas_kernels.conv_cost import predict_convolution
-from pallas_kernels.cost import Prediction, predict
-from pallas_kernels.matmul import matmul, prepare
-from pallas_kernels.row_grouped import RowGrouped, Topology, from_dense, row_grouped, to_dense
-from pallas_kernels.two_four import from_dense_two_four
+from pallas_kernels._conv import conv2d
+from pallas_kernels._cost import Prediction, predict, predict_convolution
+from pallas_kernels._matrix import RowGrouped, Topology, from_dense, row_grouped, to_dense
+from pallas_kernels._op import matmul, prepare
+from pallas_kernels._two_four import from_dense_two_four
 
 __all__ = [
     "Prediction",

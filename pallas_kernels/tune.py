@@ -24,10 +24,13 @@ import jax.numpy as jnp
 import numpy as np
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from pallas_kernels import configs, mosaic_gpu, timing, triton
-from pallas_kernels.configs import Problem
-from pallas_kernels.row_grouped import RowGrouped, Topology
-from pallas_kernels.triton_grad import FUSED_TOKENS
+from pallas_kernels import _tables as tables
+from pallas_kernels import timing
+from pallas_kernels._matrix import RowGrouped, Topology
+from pallas_kernels._tables import FEW_TOKENS, Op, Problem
+from pallas_kernels.mosaic import _matmul as mosaic_gpu
+from pallas_kernels.triton import _configs as configs
+from pallas_kernels.triton import _matmul as triton
 
 LAYERS = ((4096, 4096), (14336, 4096), (4096, 14336), (3072, 768), (768, 3072), (1024, 1024), (8192, 8192))
 TOKENS = (1, 8, 16, 32, 64, 128, 256, 1024, 4096)
@@ -67,7 +70,7 @@ def random_matrix(
     return RowGrouped(values.astype(dtype), topology)
 
 
-def product(op: configs.Op, config: Any, implementation: str = "triton") -> Callable:
+def product(op: Op, config: Any, implementation: str = "triton") -> Callable:
     """The kernel of an op as a function of (matrix, x, dy), feature-major; None takes the config that is looked up."""
     options: dict[str, Any] = {"layout": "feature_major", "precision": None, "config": config}
     backend = IMPLEMENTATIONS[implementation]
@@ -78,7 +81,7 @@ def product(op: configs.Op, config: Any, implementation: str = "triton") -> Call
     }[op]
 
 
-def dense_products(op: configs.Op) -> tuple[Callable, ...]:
+def dense_products(op: Op) -> tuple[Callable, ...]:
     """What XLA does without sparsity, as functions of (weight, x, dy): in both layouts of the activations."""
 
     def contract(a, b, i, j):
@@ -101,14 +104,14 @@ def _tokens_first(x):
 
 def problems(
     layers: Sequence[tuple[int, int]], tokens: Sequence[int], sparsities: Sequence[float], sizes: Sequence[int],
-    ops: Sequence[configs.Op], dtype: str,
+    ops: Sequence[Op], dtype: str,
 ) -> list[Problem]:  # fmt: skip
     """All products of the given sizes; ragged counts too where there are many tokens."""
     found = []
     for op, (m, k), n, sparsity, v in itertools.product(ops, layers, tokens, sparsities, sizes):
         slots = -(-m // v) * round(k * (1 - sparsity))
         found.append(Problem(op, m, k, n, slots, v, dtype))
-        if op == "forward" and n > 256:
+        if op == "forward" and n > FEW_TOKENS:
             found.append(Problem(op, m, k, n, slots, v, dtype, equal=False))
     return found
 
@@ -170,12 +173,12 @@ def search_space(implementation: str, problem: Problem) -> tuple[Any, ...]:
         return mosaic_gpu.search_space(problem)
     space = configs.search_space(problem)
     # Above so many tokens dX is a dense product, and no config matters.
-    return space[:1] if problem.op == "grad_input" and problem.n > FUSED_TOKENS else space
+    return space[:1] if problem.op == "grad_input" and problem.n > FEW_TOKENS else space
 
 
 def _read(path: pathlib.Path) -> dict[str, Any]:
     """The table on disk, or one without entries."""
-    table = {"device": configs.device_name(triton_device()), "jax": jax.__version__, "date": "", "entries": []}
+    table = {"device": tables.file_name(triton_device()), "jax": jax.__version__, "date": "", "entries": []}
     return table | ({"entries": json.loads(path.read_text())["entries"]} if path.exists() else {})
 
 
@@ -185,7 +188,7 @@ def triton_device() -> str:
 
 
 def _key(entry: dict[str, Any]) -> tuple[str, Problem]:
-    problem = Problem(**{field.name: entry[field.name] for field in dataclasses.fields(Problem)})
+    problem = Problem.of(entry)
     return entry.get("implementation", "triton"), problem
 
 
@@ -218,7 +221,7 @@ def _is_first(job: tuple[str, Problem]) -> bool:
 
 
 @functools.cache
-def _dense(op: configs.Op, m: int, k: int, n: int, dtype: str) -> tuple[Any, ...]:
+def _dense(op: Op, m: int, k: int, n: int, dtype: str) -> tuple[Any, ...]:
     shapes = [jax.ShapeDtypeStruct(shape, dtype) for shape in ((m, k), (k, n), (m, n))]
     return tuple(_build(function, *shapes) for function in dense_products(op))
 
@@ -283,12 +286,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=pathlib.Path, help="the table (default: the one the package reads)")
     options = parser.parse_args(arguments)
     try:
-        device = configs.device_name(triton_device())
+        device = tables.file_name(triton_device())
     except RuntimeError:
         print("shfl-jax tune: no CUDA device here; the packaged tables and the heuristic are used", file=sys.stderr)
         return 1
     todo = problems(options.layers, options.tokens, options.sparsity, options.group_size, options.op, options.dtype)
-    tune(todo, options.implementation, options.out or configs.TABLES / f"{device}.json", options.minutes)
+    tune(todo, options.implementation, options.out or tables.TABLES / f"{device}.json", options.minutes)
     return 0
 
 

@@ -1,17 +1,36 @@
 """Sparsity patterns, masks and formats for Flax models that really run faster."""
 
-from shfl_jax import linen, nnx
-from shfl_jax.allocation import allocate, mask
-from shfl_jax.checkpoint import CheckpointError, load, save
-from shfl_jax.compress import LayerTopology, compress, decompress, prepare
-from shfl_jax.layers import LayerSpec
-from shfl_jax.masks import Mask, Masks
-from shfl_jax.one_shot import OneShot, prune_one_shot
-from shfl_jax.paths import path_leaves, update_paths
-from shfl_jax.patterns import BW, NM, TEW, TVW, TW, VW, Pattern, ShflBW, ShflTVW, Unstructured
-from shfl_jax.plan import Plan
-from shfl_jax.report import report
-from shfl_jax.sensitivity import Sensitivity, sensitivity
+from shfl_jax import pruning
+from shfl_jax._layers import LayerSpec
+from shfl_jax._paths import path_leaves, update_paths
+from shfl_jax.models import Plan, linen, nnx
+from shfl_jax.oneshot import OneShot, Sensitivity, prune_one_shot, sensitivity
+from shfl_jax.patterns import (
+    BW,
+    NM,
+    TEW,
+    TVW,
+    TW,
+    VW,
+    Mask,
+    Pattern,
+    ShflBW,
+    ShflTVW,
+    Unstructured,
+    allocate,
+    mask,
+)
+from shfl_jax.sparse import (
+    CheckpointError,
+    LayerTopology,
+    Masks,
+    compress,
+    decompress,
+    load,
+    prepare,
+    report,
+    save,
+)
 
 __all__ = [
     "BW",
@@ -42,6 +61,7 @@ __all__ = [
     "path_leaves",
     "prepare",
     "prune_one_shot",
+    "pruning",
     "report",
     "save",
     "sensitivity",

@@ -1,45 +1,6 @@
-"""Training sparse models: pruning schedules, Optax transformations, training loops and the demo."""
+"""Programs that train sparse models: training loops, tasks, the accuracy record and the demo. Not installed.
 
-from training.admm import ADMMMemory, admm, admm_penalty
-from training.finetune import compressed_state
-from training.losses import distillation
-from training.masking import PruneState
-from training.prune import masks, prune, sparse_params
-from training.regrow import regrow
-from training.schedules import (
-    LayerSchedule,
-    RowSchedule,
-    Schedule,
-    Turn,
-    constant,
-    cubic,
-    grow_and_prune,
-    linear,
-    one_shot,
-    stages,
-)
-from training.straight_through import straight_through
+The pruning methods that stood here are `shfl_jax.pruning`, in the wheel: `training.prune` is `shfl_jax.pruning.prune`.
+"""
 
-__all__ = [
-    "ADMMMemory",
-    "LayerSchedule",
-    "PruneState",
-    "RowSchedule",
-    "Schedule",
-    "Turn",
-    "admm",
-    "admm_penalty",
-    "compressed_state",
-    "constant",
-    "cubic",
-    "distillation",
-    "grow_and_prune",
-    "linear",
-    "masks",
-    "one_shot",
-    "prune",
-    "regrow",
-    "sparse_params",
-    "stages",
-    "straight_through",
-]
+__all__: list[str] = []

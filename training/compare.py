@@ -16,7 +16,7 @@ from rich.table import Table
 
 import shfl_jax
 from pallas_kernels import timing
-from pallas_kernels.matmul import PREFERENCE
+from pallas_kernels._op import PREFERENCE
 from shfl_jax import Pattern
 from training.gpt import GPT
 

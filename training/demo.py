@@ -22,11 +22,10 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 import shfl_jax
-import training
-from shfl_jax import BW, VW, Pattern, ShflBW, Unstructured
+from shfl_jax import BW, VW, Pattern, ShflBW, Unstructured, pruning
+from shfl_jax.pruning._losses import bits_per_token
 from training import compare, figures, loop, text
 from training.gpt import GPT
-from training.losses import bits_per_token
 
 PRUNED = r"(.*/)?(mlp|attn)/.*"
 """The layers that are pruned: all projections of attention and MLP."""
@@ -188,8 +187,8 @@ def _training(preset: Preset) -> tuple[Callable, Callable, dict[str, optax.Gradi
         for label, pattern in preset.patterns
     }
     base = preset.optimizer()
-    schedule = training.cubic(*preset.window, preset.every)
-    pruners = {label: training.prune(base, specs[label], schedule) for label in specs}
+    schedule = pruning.cubic(*preset.window, preset.every)
+    pruners = {label: pruning.prune(base, specs[label], schedule) for label in specs}
     return loss, validation_losses, {"dense": base, **pruners}, specs
 
 
@@ -226,11 +225,11 @@ def train_all(preset: Preset, data: text.Text, seed: int, progress: Progress) ->
         begin, curve = jax.tree.map(jnp.copy, state), list(shared)
         if pattern is not None:
             fresh = optimizers[label].init(begin.params)
-            assert isinstance(fresh, training.PruneState)
+            assert isinstance(fresh, pruning.PruneState)
             begin = begin._replace(opt_state=fresh._replace(inner_state=begin.opt_state))
         progress.start_task(bars[label])
         end = go(begin, label, preset.prune_steps, bars[label], curve)
-        masks = None if pattern is None else training.masks(end.opt_state)
+        masks = None if pattern is None else pruning.masks(end.opt_state)
         final = end.params if masks is None else masks.apply(end.params)
         bits = loop.evaluate(validation_losses, final, validation, 64)
         yield compare.Run(label, seed, pattern, final, masks, bits, tuple(curve))

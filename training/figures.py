@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from shfl_jax.masks import Mask
+from shfl_jax.patterns import Mask
 
 COLOURS = ("#444444", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 """The Okabe-Ito colours, told apart by colour-blind readers too."""

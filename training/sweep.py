@@ -4,7 +4,7 @@ The seeds of a model are stacked along a leading axis and trained together. A tr
 the shapes of the kernels, so that one program trains every pattern, and the dense model too. The masks are updated
 between calls of it, by a program of their own for each pattern, to which the sparsity is an argument: it is not inside
 the mapped training step, where a `lax.cond` would run both of its branches at every step. What this does is what
-`training.prune` does, as a test shows, but for the first gradient after an update: here it is taken at the pruned
+`pruning.prune` does, as a test shows, but for the first gradient after an update: here it is taken at the pruned
 weights.
 """
 
@@ -21,9 +21,9 @@ import optax
 
 import shfl_jax
 from shfl_jax import LayerSpec, Mask, Masks, Pattern
-from shfl_jax.compress import matrices
-from shfl_jax.scores import magnitude
-from training.masking import choose_masks, keep_all, layer_kernels, zero_moments
+from shfl_jax.patterns._scores import magnitude
+from shfl_jax.pruning._masking import choose_masks, keep_all, layer_kernels, zero_moments
+from shfl_jax.sparse._compress import matrices
 from training.tasks import Task
 
 Specs = dict[str, LayerSpec]

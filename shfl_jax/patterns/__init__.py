@@ -1,13 +1,30 @@
-"""Sparsity patterns: which weights may be pruned together, and which of them are kept."""
+"""Sparsity patterns: which weights may be pruned together, how many a layer keeps, and which."""
 
-from shfl_jax.patterns.base import Pattern
-from shfl_jax.patterns.block import BW
-from shfl_jax.patterns.nm import NM
-from shfl_jax.patterns.shuffled import ShflBW
-from shfl_jax.patterns.tile import TW
-from shfl_jax.patterns.tile_element import TEW
-from shfl_jax.patterns.tvw import TVW, ShflTVW
-from shfl_jax.patterns.unstructured import Unstructured
-from shfl_jax.patterns.vector import VW
+from shfl_jax.patterns._allocation import ALLOCATIONS, allocate, mask
+from shfl_jax.patterns._base import Pattern
+from shfl_jax.patterns._block import BW
+from shfl_jax.patterns._mask import Mask
+from shfl_jax.patterns._nm import NM
+from shfl_jax.patterns._shuffled import ShflBW
+from shfl_jax.patterns._tile import TW
+from shfl_jax.patterns._tile_element import TEW
+from shfl_jax.patterns._two_four import TVW, ShflTVW
+from shfl_jax.patterns._unstructured import Unstructured
+from shfl_jax.patterns._vector import VW
 
-__all__ = ["BW", "NM", "TEW", "TVW", "TW", "VW", "Pattern", "ShflBW", "ShflTVW", "Unstructured"]
+__all__ = [
+    "ALLOCATIONS",
+    "BW",
+    "NM",
+    "TEW",
+    "TVW",
+    "TW",
+    "VW",
+    "Mask",
+    "Pattern",
+    "ShflBW",
+    "ShflTVW",
+    "Unstructured",
+    "allocate",
+    "mask",
+]

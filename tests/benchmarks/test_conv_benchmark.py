@@ -7,7 +7,7 @@ import pytest
 
 import pallas_kernels
 from benchmarks import conv, workers
-from pallas_kernels import conv_cost
+from pallas_kernels import _tables as tables
 
 
 def test_the_layers_are_those_of_a_resnet50():
@@ -74,13 +74,13 @@ def test_the_program_shares_its_cases_among_workers_and_resumes(tmp_path, capsys
     assert all(r["relative_error"] < 3e-2 and r["time_us"] > 0 for r in models)
     assert models[-1]["compressed_layers"] == 5
 
-    monkeypatch.setattr(conv_cost, "FOLDER", tmp_path)
+    monkeypatch.setattr(tables, "TABLES", tmp_path)
     out.write_text(json.dumps({"records": [r | {"group_size": 32} for r in records]}))
     conv.main(["--size", "tiny", "--table", "--out", str(out)])
-    entries = json.loads((tmp_path / "cpu.json").read_text())["entries"]
+    entries = json.loads((tmp_path / "convolutions" / "cpu.json").read_text())["entries"]
     assert [entry["taps"] for entry in entries] == [9, 1]
     problem = {"taps": 9, "slots": 9, "group_size": 32, "device": "cpu"}
-    conv_cost._table.cache_clear()
+    tables._read.cache_clear()
     found = pallas_kernels.predict_convolution(32, 36, 8 * 25, **problem)
     assert found == (measured[0]["time_us"], measured[0]["dense_time_us"])
     for before, after in zip(found, pallas_kernels.predict_convolution(32, 36, 16 * 25, **problem), strict=True):
@@ -89,7 +89,7 @@ def test_the_program_shares_its_cases_among_workers_and_resumes(tmp_path, capsys
         assert after > 1e3 * before
     for other in ({"device": "gpu"}, {"group_size": 64}, {"dtype": "float32"}):
         assert pallas_kernels.predict_convolution(32, 36, 200, **(problem | other)) is None
-    conv_cost._table.cache_clear()
+    tables._read.cache_clear()
     with pytest.raises(SystemExit):
         conv.main([])
 

@@ -16,8 +16,7 @@ import optax
 import orbax.checkpoint as ocp
 
 import shfl_jax
-import training
-from shfl_jax import TVW, TW, VW, LayerSpec, Mask, Masks, ShflBW, ShflTVW
+from shfl_jax import TVW, TW, VW, LayerSpec, Mask, Masks, ShflBW, ShflTVW, pruning
 
 SAVED_AT, RESUMED_TO = 6, 12
 
@@ -66,8 +65,8 @@ def training_run() -> tuple[Any, dict[str, jax.Array]]:
         LayerSpec("a", (24, 32), (), (0,), (1,), VW(0.75, group_size=8)),
         LayerSpec("b", (2, 24, 32), (0,), (1,), (2,), TVW(0.75, tile_size=8)),
     ]
-    schedule = training.linear(begin=0, end=8, every=4)
-    tx = training.prune(optax.sgd(0.5, momentum=0.5), specs, schedule)
+    schedule = pruning.linear(begin=0, end=8, every=4)
+    tx = pruning.prune(optax.sgd(0.5, momentum=0.5), specs, schedule)
     return tx, {"a": eighths(1, (24, 32)), "b": eighths(2, (2, 24, 32)), "bias": eighths(3, (32,))}
 
 

@@ -12,8 +12,12 @@ from jax import lax
 from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
 
 import pallas_kernels as pk
-from pallas_kernels import hopper, triton_conv, tune, windows, xla_conv
-from pallas_kernels.configs import Config
+from pallas_kernels import _window as windows
+from pallas_kernels import tune
+from pallas_kernels.mosaic import _support as hopper
+from pallas_kernels.triton import _conv as triton_conv
+from pallas_kernels.triton._configs import Config
+from pallas_kernels.xla import _conv as xla_conv
 
 H200 = AbstractMesh((), (), abstract_device=AbstractDevice("NVIDIA H200", 132, "gpu"))
 IMPLEMENTATIONS = ["xla", "triton"]

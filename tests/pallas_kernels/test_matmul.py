@@ -11,7 +11,7 @@ from jax import export, lax
 from jax.test_util import check_grads
 
 import pallas_kernels as pk
-from pallas_kernels import triton_tiles
+from pallas_kernels.triton import _tiles as triton_tiles
 
 IMPLEMENTATIONS = ["xla", "triton"]
 # What runs interpreted, which is slow: everything on prepared matrices but for these, canonical ones forwards only.

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import pallas_kernels as pk
-from pallas_kernels import pairs
+from pallas_kernels import _pairs as pairs
 
 # A copy of the suite in which matrices are made packed.
 _spec = importlib.util.spec_from_file_location("packed_suite", pathlib.Path(__file__).with_name("test_matmul.py"))

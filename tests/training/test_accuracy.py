@@ -9,7 +9,7 @@ import optax
 import pytest
 
 import shfl_jax
-import training
+from shfl_jax import pruning
 from training import accuracy, accuracy_plot, claims
 from training.sweep import Sweep, sparsities, sweep
 from training.tasks import TASKS, Recipe, digits, shapes, translation
@@ -184,7 +184,7 @@ def test_a_sweep_does_what_the_transformation_does():
 
     plan = shfl_jax.Plan({task.pruned: pattern})
     specs = shfl_jax.linen.resolve(plan, task.model, *task.example)
-    tx = training.prune(task.recipe.optimizer(), specs, training.one_shot())
+    tx = pruning.prune(task.recipe.optimizer(), specs, pruning.one_shot())
 
     @jax.jit
     def step(params, state, i):
@@ -196,7 +196,7 @@ def test_a_sweep_does_what_the_transformation_does():
     state = tx.init(params)
     for i in range(8):
         params, state = step(params, state, i)
-    for path, mask in training.masks(state).items():
+    for path, mask in pruning.masks(state).items():
         np.testing.assert_array_equal(mask.elements(), masks[path].elements()[0])
     found = shfl_jax.path_leaves(models.params)
     for path, array in shfl_jax.path_leaves(params).items():

@@ -8,8 +8,9 @@ import optax
 import pytest
 
 import shfl_jax
-import training
-from training import gpt, loop, losses, text
+from shfl_jax import pruning
+from shfl_jax.pruning import _losses as losses
+from training import gpt, loop, text
 
 
 def test_topics_are_split_without_loss():
@@ -79,7 +80,7 @@ def test_blocks_of_steps_equal_each_other_and_learn():
     params = jax.jit(MODEL.init)(jax.random.key(0), example)["params"]
     specs = shfl_jax.linen.resolve(shfl_jax.Plan({"(.*/)?(mlp|attn)/.*": shfl_jax.VW(0.5, 8)}), MODEL, example)
     assert len(specs) == 6
-    tx = training.prune(optax.adam(0.01), specs, training.cubic(4, 12, 4))
+    tx = pruning.prune(optax.adam(0.01), specs, pruning.cubic(4, 12, 4))
     codes = jnp.asarray(np.arange(400) % 11, jnp.int32)
     run = functools.partial(loop.train, loss=model_loss, tx=tx, batch=4, context=8)
     key = jax.random.key(1)
@@ -92,7 +93,7 @@ def test_blocks_of_steps_equal_each_other_and_learn():
     jax.tree.map(np.testing.assert_array_equal, halves, resumed)
     assert int(halves.step) == 24
     assert float(second[-4:].mean()) < float(first[:4].mean())
-    assert all(mask.density() == 0.5 for mask in training.masks(halves.opt_state).values())
+    assert all(mask.density() == 0.5 for mask in pruning.masks(halves.opt_state).values())
 
 
 def test_the_model_does_not_look_ahead():

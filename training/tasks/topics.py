@@ -5,10 +5,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from shfl_jax.pruning._losses import bits_per_token
 from training import text
 from training.gpt import GPT
 from training.loop import sample_windows
-from training.losses import bits_per_token
 from training.tasks.task import Recipe, Task
 
 RECIPE = Recipe(32, 800, 1000, 50, 2e-3, weight_decay=0.1, dropout=0.2)

@@ -1,0 +1,120 @@
+"""Measured tables: the problems that were timed on a device, and the entry nearest to a new one.
+
+`tables/<device>.json` holds products of every implementation, written by `shfl-jax tune`;
+`tables/convolutions/<device>.json` holds convolutions, written by `python -m benchmarks.conv --table`. Looking an entry
+up needs no GPU in the process.
+"""
+
+import dataclasses
+import functools
+import json
+import math
+import pathlib
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Literal
+
+Op = Literal["forward", "grad_values", "grad_input"]
+Entry = dict[str, Any]
+TABLES = pathlib.Path(__file__).parent / "tables"
+FEW_TOKENS = 256
+"""Up to this many tokens a product is bound by reading its weights: other kernels, other configs, other entries."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """What a kernel is asked for: the key of a table.
+
+    Attributes:
+        op: which kernel.
+        m: output features.
+        k: input features.
+        n: tokens.
+        slots: kept columns over all groups, padding included.
+        group_size: rows of a group.
+        dtype: name of the dtype of values and activations.
+        equal: whether all groups have one count, known when tracing.
+    """
+
+    op: Op
+    m: int
+    k: int
+    n: int
+    slots: int
+    group_size: int
+    dtype: str
+    equal: bool = True
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of a value."""
+        return {"float32": 4}.get(self.dtype, 2)
+
+    @property
+    def few_tokens(self) -> bool:
+        """Whether reading the weights is what takes the time."""
+        return self.n <= FEW_TOKENS
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """The sizes that `nearest` compares."""
+        return {"m": self.m, "k": self.k, "n": self.n, "slots": self.slots}
+
+    @classmethod
+    def of(cls, entry: Mapping[str, Any]) -> "Problem":
+        """The problem of a table's entry."""
+        return cls(**{field.name: entry[field.name] for field in dataclasses.fields(cls)})
+
+
+def nearest(
+    entries: Iterable[Entry],
+    sizes: Mapping[str, int],
+    *,
+    within: float = math.inf,
+    penalty: Callable[[Entry], float] = lambda entry: 0.0,
+) -> Entry | None:
+    """The entry whose sizes differ least, by the sum of their log ratios; the first of equally near ones.
+
+    Args:
+        entries: the candidates.
+        sizes: name of a field -> its size, positive.
+        within: None is returned unless an entry is nearer than this.
+        penalty: what else sets an entry apart.
+    """
+
+    def distance(entry: Entry) -> float:
+        return sum(abs(math.log(entry[name] / size)) for name, size in sizes.items()) + penalty(entry)
+
+    best = min(entries, key=distance, default=None)
+    return best if best is not None and distance(best) < within else None
+
+
+def products(device: str | None, implementation: str, problem: Problem) -> list[Entry]:
+    """The entries of a device's table for an implementation that another problem of their sizes could use."""
+    return [
+        entry
+        for entry in _read(TABLES / f"{file_name(device)}.json")
+        if entry.get("implementation", "triton") == implementation
+        and all(entry[name] == getattr(problem, name) for name in ("op", "group_size", "dtype"))
+        and (entry["n"] <= FEW_TOKENS) == problem.few_tokens
+    ]
+
+
+def nearest_product(device: str | None, implementation: str, problem: Problem) -> Entry | None:
+    """The entry whose config serves a problem: with counts of the same kind, and sizes within a factor of 4 in all."""
+    alike = [entry for entry in products(device, implementation, problem) if entry["equal"] == problem.equal]
+    return nearest(alike, problem.sizes, within=math.log(4))
+
+
+def convolutions(device: str | None) -> tuple[Entry, ...]:
+    """All entries of a device's table of convolutions; empty where there is none."""
+    return _read(TABLES / "convolutions" / f"{file_name(device)}.json")
+
+
+def file_name(device: str | None) -> str:
+    """A device kind as file name: lower case, with dashes."""
+    return (device or "no device").lower().replace(" ", "-")
+
+
+@functools.cache
+def _read(path: pathlib.Path) -> tuple[Entry, ...]:
+    return tuple(json.loads(path.read_text())["entries"]) if path.exists() else ()

@@ -1,0 +1,139 @@
+"""2:4 inside row groups: building the packed form, and running any backend on it.
+
+A backend without a kernel of its own for the packed form gets the expanded matrix, with zeros between the values. One
+that wants the packed form offers `forward_two_four` beside `forward`, and so on, with the same arguments.
+"""
+
+import dataclasses
+from types import ModuleType
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pallas_kernels._matrix import HostArray, RowGrouped, Topology, expand, row_grouped
+from pallas_kernels._pairs import pack, unpack, words
+
+
+def from_dense_two_four(weight: HostArray, rows: HostArray, order: HostArray, choice: HostArray) -> RowGrouped:
+    """Compresses a matrix to its packed 2:4 form. On the host, because the number of slots depends on the data.
+
+    Args:
+        weight: (..., M, K) floating.
+        rows: (..., R * V) int32, the row permutation with sentinels M.
+        order: (..., R, S) int32, S a multiple of four: the kept columns of every group, four after four; the sentinel K
+            where a four has fewer than four columns, and in fours that are not used.
+        choice: (..., M, K) bool, the kept weights: at most two of a row in every four.
+
+    Returns:
+        The matrix in canonical form. Weights that are not chosen are dropped, whatever they hold.
+
+    Raises:
+        ValueError: shapes disagree, a row keeps more than two of a four or a weight outside its group's columns, or
+            `rows` or `order` are not what they must be.
+    """
+    weight, rows, order, choice = np.asarray(weight), np.asarray(rows), np.asarray(order), np.asarray(choice)
+    batch, (m, k), (r, s) = weight.shape[:-2], weight.shape[-2:], order.shape[-2:]
+    if order.shape[:-2] != batch or rows.shape[:-1] != batch or choice.shape != weight.shape or s % 4 or r == 0:
+        raise ValueError(
+            f"rows {rows.shape}, order {order.shape} and choice {choice.shape} do not fit a weight of {weight.shape}"
+        )
+    if rows.shape[-1] % r or (rows.size and not 0 <= rows.min() <= rows.max() <= m):
+        raise ValueError(f"rows must hold 0..{m - 1} and the sentinel {m} in whole groups, got shape {rows.shape}")
+    if order.size and not 0 <= order.min() <= order.max() <= k:
+        raise ValueError(f"order must hold 0..{k - 1} and the sentinel {k}")
+    v = rows.shape[-1] // r
+    fours = np.sort(order.reshape(*batch, r, -1, 4), axis=-1)
+    used = (fours[..., 0] < k).sum(-1)
+    group_ptr = np.zeros((*batch, r + 1), np.int32)
+    np.cumsum(4 * used, axis=-1, out=group_ptr[..., 1:])
+    p = int(group_ptr.max(initial=0))
+    # One more four where some slices are ragged and the fullest is not: equal counts must show in the shapes.
+    p += 4 * int(p == 4 * r * used.max(initial=0) and (used < used.max(initial=0)).any())
+    values = np.zeros((*batch, p // 4, 2, v), weight.dtype)
+    pairs = np.broadcast_to(np.arange(2, dtype=np.uint8)[:, None], (*batch, p // 4, 2, v)).copy()
+    columns = np.full((*batch, p // 4, 4), k, np.int32)
+    for b in np.ndindex(*batch):
+        group, four = np.nonzero(fours[b][..., 0] < k)
+        column = fours[b][group, four][:, :, None]
+        row = rows[b].reshape(r, v)[group][:, None]
+        real = (row < m) & (column < k)
+        at = np.minimum(row, m - 1), np.minimum(column, k - 1)
+        chosen = choice[b][at] & real
+        if (chosen.sum(1) > 2).any() or chosen.sum() != choice[b].sum():
+            raise ValueError("choice must keep at most two weights of a row in every four, and only kept columns")
+        # Chosen slots first, then real ones, then the others: the first two, in order, are stored.
+        preference = np.where(chosen, 0, np.where(column < k, 1, 2))
+        two = np.sort(np.argsort(preference, axis=1, kind="stable")[:, :2], axis=1)
+        columns[b][: len(column)] = column[:, :, 0]
+        pairs[b][: len(column)] = two
+        picked = np.where(chosen, weight[b][at], 0)
+        values[b][: len(column)] = np.take_along_axis(picked, two, axis=1)
+    return row_grouped(
+        values.reshape(*batch, p // 2, v),
+        columns.reshape(*batch, p),
+        group_ptr,
+        rows.astype(np.int32),
+        pack(pairs.reshape(*batch, p // 2, v)),
+        m=m,
+        k=k,
+    )
+
+
+def call(backend: ModuleType, function: str, *args: Any, **kwargs: Any) -> Any:
+    """Calls a function of a backend on a matrix, or a topology, of either form."""
+    plain = getattr(backend, function)
+    topology = args[0].topology if isinstance(args[0], RowGrouped) else args[0]
+    if topology.pairs is None:
+        return plain(*args, **kwargs)
+    if hasattr(backend, f"{function}_two_four"):
+        return getattr(backend, f"{function}_two_four")(*args, **kwargs)
+    if function == "grad_values":
+        expanded = dataclasses.replace(topology, pairs=None)
+        return select(topology, plain(expanded, *args[1:], **kwargs))
+    if function == "prepare":
+        # Slices of a stack differ in their fours.
+        return args[0] if args[0].values.ndim > 2 else _arranged(args[0], plain(expand(args[0])).topology)
+    return plain(expand(args[0]), *args[1:], **kwargs)
+
+
+def select(topology: Topology, expanded: jax.Array) -> jax.Array:
+    """Takes the stored values of a 2:4 topology out of (P, V) expanded ones: (P / 2, V), zero without a column."""
+    v = topology.group_size
+    pairs = unpack(topology.pairs, topology.num_values).reshape(-1, 2, v)
+    fours = jnp.where((topology.columns < topology.k)[:, None], expanded, 0).reshape(-1, 4, v)
+    # Selects rather than a gather: XLA fuses them with whatever made the values.
+    two = [jnp.where(p == 0, fours[:, 0], jnp.where(p == 1, fours[:, 1], jnp.where(p == 2, fours[:, 2], fours[:, 3])))
+           for p in (pairs[:, 0], pairs[:, 1])]  # fmt: skip
+    return jnp.stack(two, axis=1).reshape(-1, v)
+
+
+def fill(topology: Topology) -> Topology:
+    """Repeats the first column of a four in its slots without one, for kernels that check no column ids.
+
+    The values there are zero. Slots behind the last group stay sentinels.
+    """
+    fours = topology.columns.reshape(-1, 4)
+    columns = jnp.where(fours < topology.k, fours, fours[:, :1]).reshape(-1)
+    return dataclasses.replace(topology, columns=columns)
+
+
+def _arranged(matrix: RowGrouped, prepared: Topology) -> RowGrouped:
+    """Arranges the fours of a matrix as the slots of its expanded form were, groups reordered and segments padded."""
+    topology = matrix.topology
+    if prepared.counts is None or (np.asarray(prepared.group_ptr) % 4).any():
+        return RowGrouped(matrix.values, dataclasses.replace(topology, pairs=words(topology.pairs)))
+    v, r = topology.group_size, topology.num_groups
+    ptr, new_ptr = np.asarray(topology.group_ptr), np.asarray(prepared.group_ptr)
+    blocks = {block.tobytes(): g for g, block in enumerate(np.asarray(topology.rows).reshape(r, v))}
+    source = np.full(prepared.num_slots // 4, topology.num_slots // 4)
+    for g, block in enumerate(np.asarray(prepared.rows).reshape(r, v)):
+        fours = np.arange(ptr[blocks[block.tobytes()]] // 4, ptr[blocks[block.tobytes()] + 1] // 4)
+        source[new_ptr[g] // 4 : new_ptr[g] // 4 + len(fours)] = fours
+    values = np.asarray(matrix.values).reshape(-1, 2, v)
+    pairs = unpack(np.asarray(topology.pairs), topology.num_values).reshape(-1, 2, v)
+    values = np.concatenate([values, np.zeros((1, 2, v), values.dtype)])[source].reshape(-1, v)
+    padding = np.broadcast_to(np.arange(2, dtype=np.uint8)[:, None], (1, 2, v))
+    pairs = jnp.asarray(words(pack(np.concatenate([pairs, padding])[source].reshape(-1, v))))
+    return RowGrouped(jnp.asarray(values), dataclasses.replace(prepared, pairs=pairs, k_contiguous=False))

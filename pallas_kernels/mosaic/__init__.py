@@ -1,0 +1,1 @@
+"""The products as Pallas-Mosaic kernels for Hopper GPUs; what they lack is Triton's."""

@@ -1,0 +1,1 @@
+"""The products as Pallas-Triton kernels for NVIDIA GPUs (on other platforms they are interpreted, slowly)."""

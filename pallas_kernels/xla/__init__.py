@@ -1,0 +1,1 @@
+"""The products in plain XLA: every platform, every dtype, every derivative."""

@@ -1,0 +1,244 @@
+"""Cutting a traced model before its layers, so that it can be run piece by piece."""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.ad_checkpoint import checkpoint_name
+from jax.extend import core
+
+from shfl_jax._layers import LayerSpec
+
+_MARK = "shfl_jax_cut:"
+_FIX = "Map it to None in the plan to keep it dense"
+
+
+@dataclasses.dataclass(frozen=True)
+class Segment:
+    """The part of the model that ends where some layers read their inputs.
+
+    Attributes:
+        paths: these layers.
+        dims: the axes of the inputs that contract, in the order of the kernel's input axes.
+        k: their product, K.
+        run: (params and constants, live activations) -> (the layers' inputs, live activations after it).
+    """
+
+    paths: tuple[str, ...]
+    dims: tuple[int, ...]
+    k: int
+    run: Callable[..., tuple[jax.Array, list[jax.Array]]]
+
+
+@functools.lru_cache(maxsize=16)
+def cut(
+    fun: Callable[..., Any],
+    params: tuple[tuple[str, Any], ...],
+    constants_tree: Any,
+    constants: tuple[Any, ...],
+    batch_tree: Any,
+    batch: tuple[Any, ...],
+    specs: tuple[LayerSpec, ...],
+) -> tuple[Segment, ...]:
+    """Traces a model and cuts it before every product with a kernel of interest.
+
+    Args:
+        fun: the model, `fun(params, constants, *batch)`, params as path -> array.
+        params: (path, shape and dtype) of every parameter.
+        constants_tree: the structure of the constants.
+        constants: shapes and dtypes of their leaves.
+        batch_tree: the structure of a batch, a tuple.
+        batch: shapes and dtypes of its leaves.
+        specs: the layers of interest.
+
+    Returns:
+        The segments in execution order, up to the last layer of interest.
+
+    Raises:
+        ValueError: a layer that never runs, or contracts other axes than its spec says.
+        NotImplementedError: a layer inside a loop, or one that runs several times.
+    """
+    names = [path for path, _ in params]
+    cutter = _Cutter(specs)
+
+    def flat(leaves: list[jax.Array]) -> Any:
+        kernels, rest = leaves[: len(names)], leaves[len(names) :]
+        held, given = rest[: len(constants)], rest[len(constants) :]
+        named = dict(zip(names, kernels, strict=True))
+        return fun(named, jax.tree.unflatten(constants_tree, held), *jax.tree.unflatten(batch_tree, given))
+
+    shapes = [leaf for _, leaf in params] + [*constants, *batch]
+    traced = jax.make_jaxpr(flat)(shapes)
+    labels = [_Label(path, tuple(range(len(leaf.shape)))) if path in cutter.specs else None for path, leaf in params]
+    labels += [None] * (len(shapes) - len(labels))
+    # Traced a second time with calls around kernels opened up and the cuts marked by named identities.
+    marked = jax.make_jaxpr(lambda *args: cutter.evaluate(traced.jaxpr, traced.consts, args, labels)[0])(*shapes)
+    cutter.check()
+    return _segments(marked, cutter.cuts, len(names) + len(constants))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Label:
+    """A traced value that is a kernel: its path, and the kernel's axis that each dimension of the value is."""
+
+    path: str
+    axes: tuple[int, ...]
+
+
+@dataclasses.dataclass
+class _Place:
+    paths: list[str]
+    dims: tuple[int, ...]
+    k: int
+
+
+class _Cutter:
+    """Evaluates a jaxpr, marking the inputs of products with a kernel."""
+
+    def __init__(self, specs: Sequence[LayerSpec]) -> None:
+        self.specs = {spec.path: spec for spec in specs}
+        self.cuts: list[_Place] = []
+        self.marked: dict[tuple[int, tuple[int, ...]], tuple[int, jax.Array, jax.Array]] = {}
+
+    def check(self) -> None:
+        ran = [path for cut in self.cuts for path in cut.paths]
+        for path, spec in self.specs.items():
+            if path not in ran:
+                raise ValueError(
+                    f"{path} {spec.shape}: the layer never ran on the calibration batches; pass inputs that use it. "
+                    f"{_FIX}"
+                )
+            if ran.count(path) > 1:
+                raise NotImplementedError(
+                    f"{path} {spec.shape}: the layer runs {ran.count(path)} times in one call of the model; join its "
+                    f"inputs along the batch axis so that it runs once. {_FIX}"
+                )
+
+    def evaluate(
+        self, jaxpr: Any, consts: Sequence[Any], args: Sequence[Any], labels: Sequence[_Label | None]
+    ) -> tuple[list[Any], list[_Label | None]]:
+        """Returns the outputs and their labels."""
+        values = dict(zip(jaxpr.constvars, consts, strict=True)) | dict(zip(jaxpr.invars, args, strict=True))
+        known = {var: label for var, label in zip(jaxpr.invars, labels, strict=True) if label is not None}
+        for eqn in jaxpr.eqns:
+            operands = [_read(values, var) for var in eqn.invars]
+            marks = [None if isinstance(var, core.Literal) else known.get(var) for var in eqn.invars]
+            outs, out_labels = self.step(eqn, operands, marks)
+            for var, out, label in zip(eqn.outvars, outs, out_labels, strict=True):
+                values[var] = out
+                if label is not None:
+                    known[var] = label
+        outs = [_read(values, var) for var in jaxpr.outvars]
+        return outs, [None if isinstance(var, core.Literal) else known.get(var) for var in jaxpr.outvars]
+
+    def step(self, eqn: Any, operands: list[Any], marks: list[_Label | None]) -> tuple[list[Any], list[_Label | None]]:
+        name, params = eqn.primitive.name, eqn.params
+        nothing: list[_Label | None] = [None] * len(eqn.outvars)
+        label = next((mark for mark in marks if mark is not None), None)
+        if label is None:
+            return _bind(eqn, operands), nothing
+        inner = next((params[key] for key in ("jaxpr", "call_jaxpr", "fun_jaxpr") if key in params), None)
+        spec = self.specs[label.path]
+        if name in ("scan", "while", "cond") or spec.batch_axes:
+            raise NotImplementedError(
+                f"{spec.path} {spec.shape}: layers stacked or run inside a loop cannot be calibrated one after the "
+                f"other; unroll them (a Python loop in place of nn.scan or nn.vmap). {_FIX}"
+            )
+        if inner is not None:
+            closed = inner if hasattr(inner, "consts") else None
+            body = inner.jaxpr if closed is not None else inner
+            return self.evaluate(body, closed.consts if closed is not None else (), operands, marks)
+        if name == "conv_general_dilated":
+            raise NotImplementedError(
+                f"{spec.path} {spec.shape}: convolutions are not calibrated; prune them with `allocate` and `mask`, or "
+                f"during training. {_FIX}"
+            )
+        if name == "dot_general":
+            side = 1 if marks[1] is not None else 0
+            operands = list(operands)
+            operands[1 - side] = self.mark(label, operands[1 - side], params["dimension_numbers"][0], side)
+            return _bind(eqn, operands), nothing
+        outs = _bind(eqn, operands)
+        if name in ("convert_element_type", "copy", "copy_p", "name", "optimization_barrier"):
+            return outs, list(marks)
+        if name == "transpose":
+            return outs, [_Label(label.path, tuple(label.axes[i] for i in params["permutation"]))]
+        return outs, nothing
+
+    def mark(self, label: _Label, x: jax.Array, contracting: Any, side: int) -> jax.Array:
+        """Marks x, the inputs of a layer; layers that read one value share a cut."""
+        spec = self.specs[label.path]
+        kernel_axes = [label.axes[dim] for dim in contracting[side]]
+        by_axis = dict(zip(kernel_axes, contracting[1 - side], strict=True))
+        if tuple(sorted(by_axis)) != spec.in_axes:
+            raise ValueError(
+                f"{spec.path} {spec.shape}: its spec contracts axes {spec.in_axes}, the model "
+                f"{tuple(sorted(by_axis))}; resolve the plan again for this model"
+            )
+        dims = tuple(by_axis[axis] for axis in spec.in_axes)
+        key = (id(x), dims)
+        if key not in self.marked:
+            k = int(np.prod([x.shape[dim] for dim in dims]))
+            self.marked[key] = (len(self.cuts), checkpoint_name(x, f"{_MARK}{len(self.cuts)}"), x)  # x: keeps its id
+            self.cuts.append(_Place([], dims, k))
+        number, marked, _ = self.marked[key]
+        self.cuts[number].paths.append(label.path)
+        return marked
+
+
+def _segments(closed: Any, cuts: list[_Place], num_given: int) -> tuple[Segment, ...]:
+    jaxpr = closed.jaxpr
+    given, live = list(jaxpr.invars[:num_given]), list(jaxpr.invars[num_given:])
+    consts = dict(zip(jaxpr.constvars, closed.consts, strict=True))
+    varying = set(live)
+    fixed, pieces = [], [[]]  # equations that depend on no batch are evaluated again where they are needed
+    for eqn in jaxpr.eqns:
+        if not any(isinstance(var, core.Var) and var in varying for var in eqn.invars):
+            fixed.append(eqn)
+            continue
+        varying.update(eqn.outvars)
+        pieces[-1].append(eqn)
+        if eqn.primitive.name == "name" and str(eqn.params["name"]).startswith(_MARK):
+            pieces.append([])
+    segments = []
+    for i, cut in enumerate(cuts):
+        later = {var for piece in pieces[i + 1 : len(cuts)] for eqn in piece for var in _variables(eqn)}
+        made = dict.fromkeys([*live, *(var for eqn in pieces[i] for var in eqn.outvars)])
+        after = [var for var in made if var in later]
+        target = pieces[i][-1].outvars[0]
+        run = jax.jit(functools.partial(_run, consts, fixed + pieces[i], given, live, target, after))
+        segments.append(Segment(tuple(cut.paths), cut.dims, cut.k, run))
+        live = after
+    return tuple(segments)
+
+
+def _run(
+    consts: dict[Any, Any],
+    eqns: list[Any],
+    given: list[Any],
+    live: list[Any],
+    target: Any,
+    after: list[Any],
+    given_values: list[jax.Array],
+    live_values: list[jax.Array],
+) -> tuple[jax.Array, list[jax.Array]]:
+    values = consts | dict(zip(given, given_values, strict=True)) | dict(zip(live, live_values, strict=True))
+    for eqn in eqns:
+        values |= zip(eqn.outvars, _bind(eqn, [_read(values, var) for var in eqn.invars]), strict=True)
+    return values[target], [values[var] for var in after]
+
+
+def _variables(eqn: Any) -> list[Any]:
+    return [var for var in eqn.invars if isinstance(var, core.Var)]
+
+
+def _read(values: Mapping[Any, Any], var: Any) -> Any:
+    return var.val if isinstance(var, core.Literal) else values[var]
+
+
+def _bind(eqn: Any, operands: Sequence[Any]) -> list[Any]:
+    outs = eqn.primitive.bind(*operands, **eqn.primitive.get_bind_params(eqn.params))
+    return list(outs) if eqn.primitive.multiple_results else [outs]

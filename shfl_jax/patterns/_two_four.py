@@ -1,0 +1,215 @@
+"""Tile-vector-wise sparsity: 2:4 inside the tiles of TW (TVW) and inside the row groups of Shfl-BW (Shfl-TVW)."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import ClassVar
+
+import jax
+import jax.numpy as jnp
+
+from shfl_jax.patterns import _base as base
+from shfl_jax.patterns._mask import Mask
+from shfl_jax.patterns._shuffled import ShflBW
+from shfl_jax.patterns._tile import TW, nearest
+from shfl_jax.patterns.search import _fours as fours
+
+PASSES = 2
+"""How often columns are chosen: for the medians of all columns first, then for those of the columns chosen."""
+
+
+@dataclasses.dataclass(frozen=True)
+class TVW(TW):
+    """TW, then 2:4 along the inputs that a tile keeps (Guo et al., IEEE TC 2024, arXiv 2402.10876).
+
+    Tiles keep twice the density, 2 (1 - sparsity), so that a sparsity of 0.75 is TW at 50% and then 2:4. Here outputs
+    and inputs are chosen for what 2:4 will keep of them (`shfl_jax.fours.spared_values`) rather than for all they hold,
+    tiles keep a multiple of four inputs (or all K), and the inputs of a tile are put into fours of which every row can
+    spare two (`shfl_jax.fours.order_columns`).
+
+    A count of more than half the weights (a schedule on its way) keeps all tiles whole, two of every four weights, and
+    the best of the others, ranked over the layer.
+
+    Attributes:
+        sparsity: fraction of pruned weights, in [0.5, 1).
+        tile_size: V, surviving outputs of a tile.
+        outputs: False prunes no outputs, only the inputs of every tile.
+        rounds: of the search for the order of the inputs.
+    """
+
+    rounds: int = 16
+    name: ClassVar[str] = "tvw"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check(self)
+
+    @property
+    def min_sparsity(self) -> float:
+        """That of 2:4 alone."""
+        return 0.5
+
+    def least(self, shape: tuple[int, ...]) -> int:
+        """Two weights of one row, or one if there is but one input."""
+        return min(2, shape[1])
+
+    # It is weights that 2:4 chooses: layers are compared weight by weight, not as TW compares them.
+    rank = base.Pattern.rank
+
+    def mask(self, scores: jax.Array, count: jax.Array | int, previous: Mask | None = None) -> Mask:
+        """See `Pattern.mask`; `count` is the number of weights to keep, met to half a four of inputs."""
+        base.check_shape(self, scores.shape)
+        (m, k), v = scores.shape, self.tile_size
+        budget = _doubled(count, m * k)
+        # Before there are tiles, a row of its own is the group; TW sums squares, so the roots make it sum the values.
+        values = fours.spared_values(scores, base.padded_rows(m, 1), jnp.ones((m, k), bool), 1)
+        tiles = TW.mask(self, jnp.sqrt(values), budget)
+        sizes = jnp.sum((tiles.rows < m).reshape(-1, v), axis=1, dtype=jnp.int32)
+        sizes = jnp.where(tiles.kept.any(1), sizes, 0)[:, None]
+        length = jnp.maximum(sizes, 1).astype(jnp.float32) / v
+
+        def choose(sums: jax.Array, widths: jax.Array) -> jax.Array:
+            best = jnp.arange(widths.shape[0]) == 0
+            keys = jnp.where(best, base.ALWAYS, base.rank_keys(sums / length**2))
+            keys = jnp.where(sizes > 0, keys, -1)
+            return nearest(keys, budget, sizes * widths, best & (sizes > 0))
+
+        return _mask(self, scores, tiles.rows, tiles.kept.any(1)[:, None], count, choose, self.rounds)
+
+
+@dataclasses.dataclass(frozen=True)
+class ShflTVW(ShflBW):
+    """2:4 inside the row groups of Shfl-BW; neither paper has it.
+
+    Groups keep twice the density, 2 (1 - sparsity), of their vectors, chosen in fours over the whole layer for what 2:4
+    will keep of them; the row permutation is searched on those values too. See `TVW` for the rest.
+
+    Attributes:
+        sparsity: fraction of pruned weights, in [0.5, 1).
+        group_size: V, rows of a group.
+        balanced: every group keeps the same number of columns (see `VW`).
+        min_share: every group keeps at least this fraction, in [0, 1], of the mean number of columns a group keeps.
+        search: how rows are grouped, as in `ShflBW`.
+        shards: the permutation stays inside each of this many equal blocks of rows; it must divide M.
+        seed: of the search's random choices.
+        rounds: of the search for the order of the columns.
+    """
+
+    rounds: int = 16
+    name: ClassVar[str] = "shfl_tvw"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check(self)
+
+    @property
+    def min_sparsity(self) -> float:
+        """That of 2:4 alone."""
+        return 0.5
+
+    def units(self, shape: tuple[int, ...]) -> int:
+        """M * K weights."""
+        return shape[0] * shape[1]
+
+    def least(self, shape: tuple[int, ...]) -> int:
+        """Two weights of one row, or one if there is but one input."""
+        return min(2, shape[1])
+
+    def step(self, shape: tuple[int, ...]) -> int:
+        """One weight."""
+        return 1
+
+    # It is weights that 2:4 chooses: layers are compared weight by weight.
+    unit_keys = base.Pattern.unit_keys
+
+    def count(
+        self,
+        shape: tuple[int, ...],
+        sparsity: float | jax.Array | None = None,
+        fraction: float | jax.Array = 1.0,
+    ) -> jax.Array:
+        """See `Pattern.count`."""
+        return base.Pattern.count(self, shape, sparsity, fraction)
+
+    def mask(self, scores: jax.Array, count: jax.Array | int, previous: Mask | None = None) -> Mask:
+        """See `Pattern.mask`; `count` is the number of weights to keep, met to half a four of vectors."""
+        base.check_shape(self, scores.shape)
+        m, k = scores.shape
+        values = fours.spared_values(scores, base.padded_rows(m, 1), jnp.ones((m, k), bool), 1)
+        # K-means' binary mask has the density of the vectors: at twice that it would keep everything from 50% on.
+        share = _share(jnp.asarray(count, jnp.int32), m * k)
+        vectors = self.num_groups(m) * k
+        density = 2 * (jnp.asarray(base.scaled(vectors, share), jnp.int32) / vectors).astype(jnp.float32)
+        kept = jnp.maximum(base.scaled(vectors, _share(_doubled(count, m * k), m * k)), 1)
+        return self.mask_of_rows(scores, self.group_rows(values, kept, density, previous), count)
+
+    def mask_of_rows(self, scores: jax.Array, rows: jax.Array, count: jax.Array | int) -> Mask:
+        """The mask for a given row permutation: scores (M, K), rows (R * V,) int32 with sentinels M."""
+        m, k = scores.shape
+        groups = rows.shape[0] // self.group_size
+        share = _share(_doubled(count, m * k), m * k)
+        sizes = jnp.sum((rows < m).reshape(groups, -1), axis=1, dtype=jnp.float32)[:, None]
+
+        def choose(sums: jax.Array, widths: jax.Array) -> jax.Array:
+            units = jnp.maximum(base.scaled(sums.size, share), 1)
+            # As in VW, the sums of a smaller group are scaled up to V rows.
+            return self.choose(sums * (self.group_size / jnp.maximum(sizes, 1)), units, groups)
+
+        return _mask(self, scores, rows, jnp.ones((groups, 1), bool), count, choose, self.rounds)
+
+
+def _check(pattern: TVW | ShflTVW) -> None:
+    if pattern.sparsity < pattern.min_sparsity:
+        raise base.field_error(pattern, "sparsity", "be at least 0.5, which 2:4 alone reaches (use VW or TW below)")
+    if not isinstance(pattern.rounds, int) or pattern.rounds < 0:
+        raise base.field_error(pattern, "rounds", "be a non-negative integer")
+
+
+def _doubled(count: jax.Array | int, units: int) -> jax.Array:
+    """The weights of the groups before 2:4."""
+    count = jnp.asarray(count, jnp.int32)
+    return jnp.where(count > units // 2, units, 2 * jnp.minimum(count, units // 2))
+
+
+def _share(count: jax.Array, units: int) -> jax.Array:
+    return count.astype(jnp.float32) / units
+
+
+def _mask(
+    pattern: TVW | ShflTVW,
+    scores: jax.Array,
+    rows: jax.Array,
+    live: jax.Array,
+    count: jax.Array | int,
+    choose: Callable[[jax.Array, jax.Array], jax.Array],
+    rounds: int,
+) -> Mask:
+    """Chooses columns in fours, orders them, and keeps two of every four.
+
+    Args:
+        pattern: whose `group_size` counts.
+        scores: (M, K).
+        rows: (R * V,) int32.
+        live: (R, 1) bool, groups that keep anything.
+        count: the weights to keep.
+        choose: (sums (R, F) of each group's columns in descending order, four by four; the number of columns in each of
+            the F fours (F,)) -> (R, F) bool, the kept fours, a prefix of every group's.
+        rounds: of the search for the order.
+    """
+    (m, k), v = scores.shape, pattern.group_size
+    num_fours = -(-k // 4)
+    widths = jnp.minimum(4, k - 4 * jnp.arange(num_fours, dtype=jnp.int32))
+    kept = jnp.broadcast_to(live, (rows.shape[0] // v, k))
+    for _ in range(PASSES):
+        sums = base.sums_of_rows(fours.spared_values(scores, rows, kept, v), rows, v)
+        best_first = jnp.argsort(-sums, axis=1, stable=True)
+        ranked = jnp.pad(jnp.take_along_axis(sums, best_first, axis=1), ((0, 0), (0, -k % 4)))
+        used = choose(ranked.reshape(-1, num_fours, 4).sum(2), widths).sum(1, keepdims=True)
+        kept = (jnp.argsort(best_first, axis=1) < 4 * used) & live
+    order = fours.order_columns(scores, rows, kept, v, rounds=rounds)
+    chosen = fours.choose_two(scores, rows, order, v)
+
+    def with_others() -> jax.Array:
+        return base.top(jnp.where(chosen, base.ALWAYS, base.rank_keys(scores)), jnp.maximum(count, chosen.sum()))
+
+    elements = jax.lax.cond(jnp.asarray(count) > m * k // 2, with_others, lambda: chosen)
+    return Mask(rows, kept, m, order, elements)

@@ -1,0 +1,1 @@
+"""Searches behind the patterns: row permutations (K-means, annealing) and the order of inputs within 2:4."""
