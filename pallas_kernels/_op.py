@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels import _two_four as two_four
+from pallas_kernels._activations import ACTIVATIONS
 from pallas_kernels._matrix import RowGrouped, Topology
 from pallas_kernels._window import Window
 from pallas_kernels.mosaic import _conv as mosaic_gpu_conv
@@ -164,8 +165,8 @@ def validate_operands(
         ValueError: one of them is wrong.
     """
     topology = matrix.topology
-    if activation not in xla.ACTIVATIONS:
-        raise ValueError(f"activation must be one of {tuple(xla.ACTIVATIONS)}, got {activation!r}")
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation must be one of {tuple(ACTIVATIONS)}, got {activation!r}")
     _check_implementation(implementation)
     if matrix.values.ndim != 2:
         raise ValueError(
@@ -210,7 +211,7 @@ def _call(backend: ModuleType, function: str, *args, addend=None, **kwargs) -> A
     if getattr(backend, "ADDS", False) and args[0].topology.pairs is None:
         return two_four.call(backend, function, *args, addend=addend, **kwargs)
     y = two_four.call(backend, function, *args, **(kwargs | {"activation": None}))
-    return xla.ACTIVATIONS[kwargs["activation"]](y + addend)
+    return ACTIVATIONS[kwargs["activation"]](y + addend)
 
 
 def _dispatch(function: str, call: Call, *args, addend: jax.Array | None = None, **kwargs) -> jax.Array:
@@ -243,13 +244,13 @@ def _matmul_fwd(call: Call, topology, values, x, bias, addend):
     y = _dispatch("forward", call, RowGrouped(values, topology), x, bias, addend=addend, activation=None)
     # With an activation its argument is the residual; without one nothing of the output is kept.
     pre, has_addend = None if call.activation is None else y, None if addend is None else ()
-    return xla.ACTIVATIONS[call.activation](y), (topology, values, x, bias, has_addend, pre)
+    return ACTIVATIONS[call.activation](y), (topology, values, x, bias, has_addend, pre)
 
 
 def _matmul_bwd(call: Call, residuals, dy):
     topology, values, x, bias, has_addend, pre = residuals
     if pre is not None:
-        dy = jax.vjp(xla.ACTIVATIONS[call.activation], pre)[1](dy)[0]
+        dy = jax.vjp(ACTIVATIONS[call.activation], pre)[1](dy)[0]
     dvalues = _dispatch("grad_values", call, topology, x, dy)
     dx = _dispatch("grad_input", call, RowGrouped(values, topology), dy)
     token_axis = 0 if call.layout == "token_major" else 1

@@ -50,6 +50,11 @@ class Problem:
         return {"float32": 4}.get(self.dtype, 2)
 
     @property
+    def density(self) -> float:
+        """Stored share of the weights."""
+        return self.slots * self.group_size / (self.m * self.k)
+
+    @property
     def few_tokens(self) -> bool:
         """Whether reading the weights is what takes the time."""
         return self.n <= FEW_TOKENS

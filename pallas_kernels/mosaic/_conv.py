@@ -82,9 +82,9 @@ def search_space(topology, window, batch: int) -> tuple:
     shapes = {64: [(128, 8), (256, 5), (512, 3)], 128: [(128, 6), (256, 4)], 256: [(128, 4)]}[v]
     split = "tokens" if v == 64 else "rows"
     found = [heuristic(topology, window, batch)] + [
-        kernel.Config(block_tokens=tokens, stages=stages, ahead=2, split=split, band=band, cluster=cluster)
+        kernel.Config(block_tokens=tokens, stages=stages, ahead=2, split=split, band=band)
         for tokens, stages in shapes
-        for band, cluster in ((1, 1), (4, 1), (1, 2))
+        for band in (1, 4)
     ]
     return tuple(dict.fromkeys(found))
 

@@ -25,7 +25,7 @@ BLOCK_K = 64  # slots of the shortest step: what one row of a swizzled tile hold
 SHARED_MEMORY = 227 * 1024 - 2048  # bytes for the stages and the ring of ids; barriers and alignment take the rest
 WARPGROUPS = 3
 MOST_EARLY = 64 * 128  # numbers of an accumulator beside which an addend fits twice into the registers
-TILE_COST = 2  # what a tile costs beside its steps, in steps; only weighs the tiles of a schedule against each other
+TILE_COST = 2  # fixed cost of a tile, in steps; used only to balance schedules
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,7 +43,6 @@ class Config:
             group before the next band begins. Ragged groups are dealt heaviest first, whatever the band.
         registers: of a thread of the consumers and of the producer; (2 a + b) <= 512 - 8 in multiples of 8.
         block_k: slots of a step, a multiple of `BLOCK_K`.
-        cluster: programs that work on neighbouring token tiles of a group at the same time and fetch its values once.
     """
 
     block_tokens: int = 256
@@ -54,7 +53,6 @@ class Config:
     band: int = 1
     registers: tuple[int, int] = (216, 72)
     block_k: int = BLOCK_K
-    cluster: int = 1
 
     def shared_memory(self, group_size: int, packed: bool = False, id_words: int = 1) -> int:
         """Bytes of the stages and the ring of column ids, which are so many words of four bytes each.
@@ -160,27 +158,27 @@ def product(
     """
     c, v, packed = config, values.shape[1], words is not None
     id_words = 1 if packed else columns.size // values.shape[0]
-    # A cluster counts as one program here, and what it works on as one tile.
-    groups, token_tiles = sum(count for count, _ in segments), pl.cdiv(n, c.block_tokens * c.cluster)
+    groups, token_tiles = sum(count for count, _ in segments), pl.cdiv(n, c.block_tokens)
     tiles = groups * token_tiles
-    programs = min(multiprocessors // c.cluster, tiles) if c.persistent else tiles
-    band, lengths = max(1, c.band // c.cluster), {slots // c.block_k for _, slots in segments}
+    programs = min(multiprocessors, tiles) if c.persistent else tiles
+    lengths = {slots // c.block_k for _, slots in segments}
     work = deal = None
     if len(lengths) == 1:
         deal = functools.partial(
-            dealt, groups=groups, steps=lengths.pop(), token_tiles=token_tiles, programs=programs, band=band
+            dealt, groups=groups, steps=lengths.pop(), token_tiles=token_tiles, programs=programs, band=c.band
         )
     else:
-        work = jnp.asarray(schedule(segments, token_tiles, programs, band, c.block_k))
+        work = jnp.asarray(schedule(segments, token_tiles, programs, c.band, c.block_k))
     optional = {"work": work, "bias": bias, "addend": addend, "words": words}
     optional = {name: a for name, a in optional.items() if a is not None}
-    body = functools.partial(
-        _body, config=c, v=v, m=m, n=n, tiles=tiles, programs=programs, deal=deal, given=tuple(optional),
-        sentinels=sentinels, id_words=id_words, window=window, activation=activation,
-    )  # fmt: skip
+
+    def row_grouped_matmul(*refs):  # the kernel's name in profiles
+        _body(*refs, config=c, v=v, m=m, n=n, tiles=tiles, programs=programs, deal=deal, given=tuple(optional),
+              sentinels=sentinels, id_words=id_words, window=window, activation=activation)  # fmt: skip
+
     ring = c.stages + c.ahead
     call = plgpu.kernel(
-        body,
+        row_grouped_matmul,
         out_type=jax.ShapeDtypeStruct((m, n), x.dtype),
         scratch_types=(
             plgpu.SMEM((c.stages, c.block_k // 2 if packed else c.block_k, v), x.dtype, transforms=_tiled(v)),
@@ -189,14 +187,11 @@ def product(
             plgpu.SMEM((2 * c.stages,), jnp.int32),  # the gather's own barriers, 8 bytes each
             plgpu.Barrier(num_barriers=c.stages, num_arrivals=2 if packed else 1),
             plgpu.Barrier(num_barriers=ring),
-            # A stage is free when the consumers of the whole cluster have left it: weights arrive everywhere at once.
-            plgpu.ClusterBarrier(collective_axes=("block",), num_barriers=c.stages, num_arrivals=2),
+            plgpu.Barrier(num_barriers=c.stages, num_arrivals=2),
             [plgpu.SMEM((c.stages, c.block_k // WORD, v), jnp.uint16, transforms=_tiled(v, 4))] if packed else [],
         ),
         grid=(programs,),
         grid_names=("program",),
-        cluster=(c.cluster,),
-        cluster_names=("block",),
         num_threads=WARPGROUPS,
         thread_name="warpgroup",
         compiler_params=plgpu.CompilerParams(
@@ -235,16 +230,14 @@ def _body(
     has_bias, has_addend, packed = bias is not None, addend is not None, words is not None
     y, a_tiles, b_tiles, ids, gathered, a_full, ids_full, empty, word_tiles = refs[len(given) :]
     c = config
-    program, block, warpgroup = lax.axis_index("program"), lax.axis_index("block"), lax.axis_index("warpgroup")
+    program, warpgroup = lax.axis_index("program"), lax.axis_index("warpgroup")
     plain, splat = plgpu.RefType(), plgpu.Layout.WG_SPLAT
     _inline(functools.partial(ptx.init_barriers, count=c.stages, arrivals=ptx.WARPGROUP), plain)(gathered)
     count = lax.div(tiles - 1 - program, programs) + 1 if work is None else work[program, 0, 0]
 
     def entry(i):
         """First step, steps, group and token tile of the program's i-th tile."""
-        found = deal(program, i) if work is None else tuple(work[program, i + 1, field] for field in range(4))
-        first, steps, group, token_tile = found
-        return first, steps, group, token_tile * c.cluster + block
+        return deal(program, i) if work is None else tuple(work[program, i + 1, field] for field in range(4))
 
     @pl.when(warpgroup == 2)
     def _produce():
@@ -399,7 +392,7 @@ def _producer(
         for source, tiles in copies:
             rows = tiles.shape[1]
             piece = source.at[pl.ds(block * rows, rows)]
-            plgpu.copy_gmem_to_smem(piece, tiles.at[slot], a_full.at[slot], collective_axes="block")
+            plgpu.copy_gmem_to_smem(piece, tiles.at[slot], a_full.at[slot])
 
     def tile(i, carry):
         block, steps, _, token_tile = entry(i)
@@ -427,9 +420,4 @@ def _producer(
     # The first weights need not wait for the first ids.
     early = jnp.minimum(steps, c.stages)
     lax.fori_loop(0, early, lambda k, _: copy_weights(k, first + k), None)
-    step, _ = lax.fori_loop(0, count, tile, (jnp.int32(0), cursor))
-    for now in (step + i for i in range(c.stages)):  # nobody leaves while others have yet to arrive at its barriers
-
-        @pl.when((now >= c.stages) & (c.cluster > 1))
-        def _wait_for_the_cluster(now=now):
-            plgpu.barrier_wait(empty.at[lax.rem(now, c.stages)])
+    lax.fori_loop(0, count, tile, (jnp.int32(0), cursor))

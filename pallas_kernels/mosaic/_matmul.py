@@ -6,6 +6,7 @@ from typing import Any
 import jax
 from jax import lax
 
+from pallas_kernels import _devices as devices
 from pallas_kernels import _tables as tables
 from pallas_kernels._matrix import RowGrouped, Topology
 from pallas_kernels._tables import FEW_TOKENS, Problem
@@ -59,7 +60,7 @@ def forward(matrix, x, bias, *, activation, layout, precision, addend=None, conf
     if n <= FEW_TOKENS or n % triton_tiles.VECTOR:
         raise NotImplementedError(f"the Mosaic kernel needs more than {FEW_TOKENS} tokens, in multiples of 8, got {n}")
     if config is None:
-        config = tuned(triton_tiles.problem("forward", matrix.topology, x), triton_tiles.device_kind())
+        config = tuned(triton_tiles.problem("forward", matrix.topology, x), devices.kind())
     y = call(matrix, matrix.topology.columns, x, bias, addend, activation=activation, config=config)
     return y.T if layout == "token_major" else y
 
@@ -136,7 +137,7 @@ def _config_of_values(topology: Topology, problem: Problem) -> Any:
     """The config for dValues, None where Triton's kernel has to be taken or is faster."""
     try:
         hopper.check(topology, problem.dtype)
-        count, device = hopper.multiprocessors(), triton_tiles.device_kind()
+        count, device = hopper.multiprocessors(), devices.kind()
     except NotImplementedError:
         return None
     if not _has_whole_groups(topology) or not can(problem):
@@ -198,9 +199,8 @@ def search_space(problem: Problem) -> tuple[Any, ...]:
         256: [(128, 4, "rows", 1), (128, 4, "rows", 4)],
     }[v]
     found = [heuristic(v, problem.n)] + [
-        kernel.Config(block_tokens=tokens, stages=stages, split=split, band=band, cluster=cluster)
+        kernel.Config(block_tokens=tokens, stages=stages, split=split, band=band)
         for tokens, stages, split, band in shapes
-        for cluster in (1, 2)
     ]
     return tuple(dict.fromkeys(found))
 
@@ -221,7 +221,7 @@ def pays(matrix: RowGrouped, x: jax.Array, layout: str) -> bool:
     x_shape = jax.ShapeDtypeStruct((matrix.topology.k, n), x.dtype)
     problem = triton_tiles.problem("forward", matrix.topology, x_shape)
     try:
-        return can(problem) and is_faster(problem, triton_tiles.device_kind(), hopper.multiprocessors())
+        return can(problem) and is_faster(problem, devices.kind(), hopper.multiprocessors())
     except NotImplementedError:
         return False
 

@@ -5,7 +5,6 @@ values and arrays as registers of a thread, and emits the instructions of one th
 """
 
 import contextlib
-import math
 from typing import Any
 
 import numpy as np
@@ -15,10 +14,10 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, gpu, llvm, vector
 from jaxlib.mlir.dialects import math as mlir_math
 
+from pallas_kernels._activations import GELU
 from pallas_kernels._window import Window
 
 WARPGROUP = 128
-SQRT_2_PI = math.sqrt(2 / math.pi)
 CHUNK = 16  # bytes that one asynchronous copy moves: eight two-byte tokens
 ROWS_APART = 16  # of the rows that one thread copies 16 of 128 bytes of
 TILE_ROWS, TILE_BYTES = 8, 128  # the unit of the swizzled layout: eight rows of up to 128 bytes to a tile
@@ -243,7 +242,7 @@ def gelu(y):
 
     The compiler fuses no multiplication with an addition by itself, and the epilogue is bound by its instructions.
     """
-    inner = y * _fused(y * y, 0.044715 * SQRT_2_PI, SQRT_2_PI)
+    inner = y * _fused(y * y, GELU[1], GELU[0])
     half = y * 0.5
     return _fused(half, inner.tanh(approx=True), half)
 

@@ -1,15 +1,14 @@
-"""What the Mosaic backend asks first: whether there is a Hopper GPU, and whether JAX has what its kernel imports."""
+"""Availability checks for the Mosaic backend: GPU and JAX version."""
 
 import importlib
 from types import ModuleType
 
-import jax
 import jax.numpy as jnp
 
+from pallas_kernels import _devices as devices
 from pallas_kernels.triton import _tiles as triton_tiles
 
 GROUP_SIZES = (64, 128, 256)
-HOPPER = ("H100", "H20", "H800")  # what the names of these GPUs hold: GH200 and H200 too
 
 
 def kernel(name: str = "_forward") -> ModuleType:
@@ -30,16 +29,13 @@ def check(topology, dtype) -> None:
 
 
 def multiprocessors() -> int:
-    """How many multiprocessors the Hopper GPU has that is lowered for; NotImplementedError for another or none."""
-    device = jax.sharding.get_abstract_mesh().abstract_device
-    if device is not None:
-        kind, count = device.device_kind, device.num_cores
-    else:
-        try:
-            gpu = jax.devices("cuda")[0]
-        except RuntimeError as error:
-            raise NotImplementedError("the Mosaic kernel needs a Hopper GPU") from error
-        kind, count = gpu.device_kind, gpu.core_count
-    if count is None or not any(name in kind for name in HOPPER):
-        raise NotImplementedError(f"the Mosaic kernel needs a Hopper GPU, got {kind}")
-    return count
+    """How many multiprocessors the Hopper GPU has that is lowered for.
+
+    Raises:
+        NotImplementedError: it is another GPU, or none.
+    """
+    gpu = devices.gpu()
+    if gpu is None or not gpu.is_hopper:
+        raise NotImplementedError(f"the Mosaic kernel needs a Hopper GPU{'' if gpu is None else f', got {gpu.kind}'}")
+    assert gpu.multiprocessors is not None
+    return gpu.multiprocessors

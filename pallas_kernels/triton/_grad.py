@@ -13,14 +13,16 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
+from pallas_kernels import _devices as devices
 from pallas_kernels._matrix import RowGrouped, Topology
+from pallas_kernels._tables import FEW_TOKENS
 from pallas_kernels.triton import _configs as configs
+from pallas_kernels.triton import _product
 from pallas_kernels.triton._configs import Config
 from pallas_kernels.triton._tiles import (
     call,
     check,
     contract,
-    device_kind,
     load_tile,
     loop,
     pad_tokens,
@@ -29,7 +31,6 @@ from pallas_kernels.triton._tiles import (
     store_tile,
 )
 
-FUSED_TOKENS = 256  # up to this many tokens dX is computed without W in memory
 DECOMPRESS = Config(block_rows=64, num_warps=4, num_stages=1)
 TABLE = Config(block_rows=256, num_warps=4, num_stages=1)
 
@@ -50,28 +51,22 @@ def grad_values(
         return jnp.zeros((topology.num_slots, topology.group_size), x.dtype)
     x, dy = pad_tokens(x), pad_tokens(dy.astype(x.dtype))
     if config is None:
-        config = configs.config(problem("grad_values", topology, x), device_kind())
-    c, p, v = config, topology.num_slots, topology.group_size
-    segments = topology.segments
-    exact = topology.counts is None and segments is not None and topology.max_count % c.block_rows == 0
-    tiles = pl.cdiv(topology.max_count, c.block_rows)
-    kernel = functools.partial(_grad_values_kernel, config=c, v=v, m=topology.m, tiles=tiles, exact=exact,
-                               real_rows=topology.num_groups * v == topology.m, precision=precision)  # fmt: skip
-    grid, shape, dtype = (topology.num_groups * tiles,), (p, v), x.dtype
-    if c.split > 1:
-        grid, shape, dtype = (*grid, c.split), (c.split, *shape), jnp.float32
-    args = topology.columns, topology.group_ptr, real_counts(topology), topology.rows, x, dy
-    d = call(kernel, jax.ShapeDtypeStruct(shape, dtype), grid, c, *args, name="row_grouped_grad_values")
-    d = d.sum(0).astype(x.dtype) if c.split > 1 else d
-    if segments is None:  # slots behind the last group, which no program writes
-        d = jnp.where((jnp.arange(p) < topology.group_ptr[-1])[:, None], d, 0)
-    return d
+        config = configs.config(problem("grad_values", topology, x), devices.kind())
+
+    def gather(refs, slots, live):
+        columns_ref, x_ref = refs
+        columns = plgpu.load(columns_ref.at[slots], mask=live, other=None if live is None else 0)
+        return lambda tokens, live_tokens: load_tile(x_ref, columns, tokens, live, live_tokens)
+
+    return _product.grad_values(
+        gather, topology, (topology.columns, x), dy, config=config, precision=precision, name="row_grouped_grad_values"
+    )
 
 
 def grad_input(
     matrix: RowGrouped, dy: jax.Array, *, layout: str, precision: lax.PrecisionLike, config: Config | None = None
 ) -> jax.Array:
-    """Computes dX = W^T dY; see `matmul`. No (M, K) array is made for up to `FUSED_TOKENS` tokens.
+    """Computes dX = W^T dY; see `matmul`. No (M, K) array is made for up to `FEW_TOKENS` tokens.
 
     Raises:
         NotImplementedError: a group size or dtype the kernel does not do.
@@ -82,7 +77,7 @@ def grad_input(
     if n == 0:
         return jnp.zeros((0, topology.k) if layout == "token_major" else (topology.k, 0), dy.dtype)
     table = slot_table(topology)
-    if n > FUSED_TOKENS:
+    if n > FEW_TOKENS:
         weight = decompress(matrix, table)
         axes = ((1,), (0,)) if layout == "token_major" else ((0,), (0,))
         operands = (dy, weight) if layout == "token_major" else (weight, dy)
@@ -91,7 +86,7 @@ def grad_input(
     dy = dy.T if layout == "token_major" else dy
     dy = pad_tokens(dy)
     if config is None:
-        config = configs.config(problem("grad_input", topology, dy), device_kind())
+        config = configs.config(problem("grad_input", topology, dy), devices.kind())
     dx = _grad_input(matrix, table, dy, precision, config)[:, :n]
     return dx.T if layout == "token_major" else dx
 
@@ -102,14 +97,9 @@ def slot_table(topology: Topology) -> jax.Array:
     empty = jnp.full((topology.num_groups, topology.k), p, jnp.int32)
     tiles = pl.cdiv(topology.max_count, c.block_rows)
     kernel = functools.partial(_slot_table_kernel, block=c.block_rows)
-    args = topology.columns, topology.group_ptr, real_counts(topology), empty
+    args = topology.columns, topology.group_ptr, _product.real_counts(topology), empty
     return call(kernel, jax.ShapeDtypeStruct(empty.shape, empty.dtype), (topology.num_groups, tiles), c, *args,
                 name="row_grouped_slot_table", aliases={3: 0})  # fmt: skip
-
-
-def real_counts(topology: Topology) -> jax.Array:
-    """(R,) int32: how many slots of each group hold weights."""
-    return jnp.diff(topology.group_ptr) if topology.counts is None else topology.counts
 
 
 def _slot_table_kernel(columns_ref, ptr_ref, counts_ref, empty_ref, table_ref, *, block, interpret):
@@ -125,81 +115,42 @@ def _slot_table_kernel(columns_ref, ptr_ref, counts_ref, empty_ref, table_ref, *
     plgpu.store(table_ref.at[jnp.full_like(columns, group), columns], slots, mask=live)
 
 
-def _grad_values_kernel(
-    columns_ref, ptr_ref, counts_ref, rows_ref, x_ref, dy_ref, d_ref,
-    *, config, v, m, tiles, exact, real_rows, precision, interpret,
-):  # fmt: skip
-    del interpret
-    c, n = config, x_ref.shape[1]
-    program = pl.program_id(0)
-    group, tile = lax.div(program, tiles), lax.rem(program, tiles)
-    begin, end, count = ptr_ref[group], ptr_ref[group + 1], counts_ref[group]
-    local = tile * c.block_rows + jnp.arange(c.block_rows)
-    slots, lanes = begin + local, jnp.arange(v)
-    live = None if exact else local < count
-    columns = plgpu.load(columns_ref.at[slots], mask=live, other=None if live is None else 0)
-    rows = rows_ref[group * v + lanes]
-    live_rows = None if real_rows else rows < m
-    steps = pl.cdiv(n, c.block_tokens)
-    first, last = split_steps(steps, c.split)
-    if not exact:  # tiles behind the end of a shorter segment have nothing to do
-        last = jnp.where(tile * c.block_rows < count, jnp.int32(last), jnp.int32(first))
-
-    def body(step, acc):
-        tokens = step * c.block_tokens + jnp.arange(c.block_tokens)
-        live_tokens = tokens < n if n % c.block_tokens else None
-        xs = load_tile(x_ref, columns, tokens, live, live_tokens)
-        dys = load_tile(dy_ref, rows, tokens, live_rows, live_tokens)
-        return acc + contract(xs, dys, (1, 1), precision)
-
-    acc = lax.fori_loop(first, last, body, jnp.zeros((c.block_rows, v), jnp.float32))
-    leading = (pl.program_id(1),) if c.split > 1 else ()
-    # Padding slots are written too: their masked rows of x made them zero.
-    store_tile(d_ref, slots, lanes, acc.astype(d_ref.dtype), None if exact else slots < end, None, *leading)
-
-
 def _grad_input(matrix: RowGrouped, table, dy, precision, config: Config):
     topology, n, c = matrix.topology, dy.shape[1], config
-    kernel = functools.partial(_grad_input_kernel, config=c, m=topology.m, v=topology.group_size, precision=precision)
-    grid, shape, dtype = (pl.cdiv(topology.k, c.block_rows) * pl.cdiv(n, c.block_tokens),), (topology.k, n), dy.dtype
-    if c.split > 1:
-        grid, shape, dtype = (*grid, c.split), (c.split, *shape), jnp.float32
+    m, k, v, p, groups = topology.m, topology.k, topology.group_size, topology.num_slots, topology.num_groups
+    block_k = min(c.block_k, v)
+    parts, tiles = v // block_k, pl.cdiv(k, c.block_rows)
+
+    def kernel(values_ref, table_ref, rows_ref, dy_ref, dx_ref, *, interpret):
+        del interpret
+        tile, token_tile = lax.rem(pl.program_id(0), tiles), lax.div(pl.program_id(0), tiles)
+        inputs = tile * c.block_rows + jnp.arange(c.block_rows)
+        tokens = token_tile * c.block_tokens + jnp.arange(c.block_tokens)
+        live_inputs = inputs < k if k % c.block_rows else None
+        live_tokens = tokens < n if n % c.block_tokens else None
+
+        def load_indices(step):
+            index = table_ref.at[jnp.full_like(inputs, lax.div(step, parts)), inputs]
+            slots = plgpu.load(index, mask=live_inputs, other=None if live_inputs is None else p)
+            return slots, rows_ref[step * block_k + jnp.arange(block_k)]
+
+        def multiply(step, indices, acc):
+            slots, rows = indices
+            lanes = lax.rem(step, parts) * block_k + jnp.arange(block_k)
+            live_rows = None if groups * v == m else rows < m
+            weights = load_tile(values_ref, slots, lanes, slots < p, live_rows)
+            dys = load_tile(dy_ref, rows, tokens, live_rows, live_tokens)
+            return acc + contract(weights, dys, (1, 0), precision)
+
+        acc = jnp.zeros((c.block_rows, c.block_tokens), jnp.float32)
+        first, last = split_steps(groups * parts, c.split)
+        acc = loop(first, last, load_indices, multiply, acc, prefetch=c.prefetch)
+        leading = (pl.program_id(1),) if c.split > 1 else ()
+        store_tile(dx_ref, inputs, tokens, acc.astype(dx_ref.dtype), live_inputs, live_tokens, *leading)
+
     args = matrix.values, table, topology.rows, dy
-    dx = call(kernel, jax.ShapeDtypeStruct(shape, dtype), grid, c, *args, name="row_grouped_grad_input")
-    return dx.sum(0).astype(dy.dtype) if c.split > 1 else dx
-
-
-def _grad_input_kernel(values_ref, table_ref, rows_ref, dy_ref, dx_ref, *, config, m, v, precision, interpret):
-    del interpret
-    c, n, k, p = config, dy_ref.shape[1], dx_ref.shape[-2], values_ref.shape[0]
-    groups, block_k = table_ref.shape[0], min(config.block_k, v)
-    tiles = pl.cdiv(k, c.block_rows)
-    tile, token_tile = lax.rem(pl.program_id(0), tiles), lax.div(pl.program_id(0), tiles)
-    inputs = tile * c.block_rows + jnp.arange(c.block_rows)
-    tokens = token_tile * c.block_tokens + jnp.arange(c.block_tokens)
-    live_inputs = inputs < k if k % c.block_rows else None
-    live_tokens = tokens < n if n % c.block_tokens else None
-    parts = v // block_k
-
-    def load_indices(step):
-        group = lax.div(step, parts)
-        index = table_ref.at[jnp.full_like(inputs, group), inputs]
-        slots = plgpu.load(index, mask=live_inputs, other=None if live_inputs is None else p)
-        return slots, rows_ref[step * block_k + jnp.arange(block_k)]
-
-    def multiply(step, indices, acc):
-        slots, rows = indices
-        lanes = lax.rem(step, parts) * block_k + jnp.arange(block_k)
-        live_rows = None if groups * v == m else rows < m
-        weights = load_tile(values_ref, slots, lanes, slots < p, live_rows)
-        dys = load_tile(dy_ref, rows, tokens, live_rows, live_tokens)
-        return acc + contract(weights, dys, (1, 0), precision)
-
-    acc = jnp.zeros((c.block_rows, c.block_tokens), jnp.float32)
-    first, last = split_steps(groups * parts, c.split)
-    acc = loop(first, last, load_indices, multiply, acc, prefetch=c.prefetch)
-    leading = (pl.program_id(1),) if c.split > 1 else ()
-    store_tile(dx_ref, inputs, tokens, acc.astype(dx_ref.dtype), live_inputs, live_tokens, *leading)
+    programs = tiles * pl.cdiv(n, c.block_tokens)
+    return _product.call_split(kernel, (k, n), dy.dtype, programs, c, args, "row_grouped_grad_input").astype(dy.dtype)
 
 
 def decompress(matrix: RowGrouped, table: jax.Array | None = None) -> jax.Array:

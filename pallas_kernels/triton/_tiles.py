@@ -12,6 +12,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 from jax.typing import DTypeLike
 
+from pallas_kernels import _devices as devices
 from pallas_kernels._matrix import Topology
 from pallas_kernels._tables import Op, Problem
 from pallas_kernels.triton._configs import Config
@@ -31,7 +32,7 @@ def check(topology: Topology, dtype: DTypeLike) -> None:
         raise NotImplementedError("this matrix was prepared for another implementation")
     if topology.num_slots == 0:
         raise NotImplementedError("the Triton kernels need at least one slot")
-    kind = device_kind()
+    kind = devices.kind()
     if kind is not None and not lowers_for(kind):
         raise NotImplementedError(f"this version of JAX compiles no Triton kernels for {kind}")
 
@@ -42,17 +43,6 @@ def problem(op: Op, topology: Topology, x: jax.Array | jax.ShapeDtypeStruct) -> 
     equal = segments is not None and len(segments) == 1
     slots, v = topology.num_slots, topology.group_size
     return Problem(op, topology.m, topology.k, x.shape[1], slots, v, dtype, equal)
-
-
-def device_kind() -> str | None:
-    """The kind of the GPU that is lowered for: that of the abstract mesh, else of this process; None without one."""
-    abstract = jax.sharding.get_abstract_mesh().abstract_device
-    if abstract is not None:
-        return abstract.device_kind
-    try:
-        return jax.devices("cuda")[0].device_kind
-    except RuntimeError:
-        return None
 
 
 @functools.cache

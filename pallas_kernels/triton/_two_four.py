@@ -19,8 +19,9 @@ from jax.experimental.pallas import triton as plgpu
 from pallas_kernels._matrix import RowGrouped, Topology, expand
 from pallas_kernels._pairs import words
 from pallas_kernels._two_four import fill, select
+from pallas_kernels.triton import _product
 from pallas_kernels.triton._configs import Config
-from pallas_kernels.triton._forward import ACTIVATIONS, FAST_ACTIVATIONS, forward
+from pallas_kernels.triton._forward import forward
 from pallas_kernels.triton._grad import grad_values
 from pallas_kernels.triton._tiles import (
     call,
@@ -28,10 +29,7 @@ from pallas_kernels.triton._tiles import (
     contract,
     is_aligned,
     load_tile,
-    loop,
     pad_tokens,
-    split_steps,
-    static_length,
     store_tile,
 )
 
@@ -134,88 +132,39 @@ def _asm(text: str, dtype, *args):
 
 
 def _forward(matrix: RowGrouped, x, bias, activation, precision, config: Config):
-    topology, n, c = matrix.topology, x.shape[1], config
-    groups, v = topology.num_groups, topology.group_size
-    rows = min(c.block_rows, v)
-    kernel = functools.partial(
-        _kernel,
-        config=c,
-        groups=groups,
-        v=v,
-        block_rows=rows,
-        length=static_length(topology, c.block_k),
-        masked=not is_aligned(topology, c.block_k),
-        has_bias=bias is not None,
-        activation=activation,
-        precision=precision,
+    topology, (k, n) = matrix.topology, x.shape
+
+    def walk(tile, values_ref, words_ref, columns_ref, x_ref):
+        begin, end, step_words = lax.div(tile.begin, WORD), lax.div(tile.end, WORD), config.block_k // WORD
+
+        def word_ids(step):
+            ids = begin + step * step_words + jnp.arange(step_words)
+            return ids, ids < end if tile.masked else None
+
+        def load_columns(step):
+            ids, live = word_ids(step)
+            options = {} if live is None else {"mask": live, "other": k}
+            return tuple(plgpu.load(columns_ref.at[WORD * ids + slot], **options) for slot in range(WORD))
+
+        def multiply(step, columns, acc):
+            ids, live = word_ids(step)
+            word = load_tile(words_ref, ids, tile.lanes, live, None)
+            for j in range(4):
+                low, high = (load_tile(values_ref, 8 * ids + 2 * j + i, tile.lanes, live, None) for i in range(2))
+                for i, weights in enumerate(_spread(low, high, word, j, tile.interpret)):
+                    # The sentinel K marks a slot without a column.
+                    inputs = columns[4 * j + i]
+                    gathered = load_tile(x_ref, inputs, tile.tokens, inputs < k, tile.live_tokens)
+                    a, b = (gathered, weights) if config.flip else (weights, gathered)
+                    acc = acc + contract(a, b, (0, 0), precision)
+            return acc
+
+        return load_columns, multiply
+
+    operands = matrix.values, words(topology.pairs), topology.columns, x
+    return _product.forward(
+        walk, topology, operands, bias, n, dtype=x.dtype, activation=activation, config=config, name="two_four_matmul"
     )
-    grid = (groups * (v // rows) * pl.cdiv(n, c.block_tokens),)
-    shape, dtype = (topology.m, n), x.dtype
-    if c.split > 1:
-        grid, shape, dtype = (*grid, c.split), (c.split, *shape), jnp.float32
-    args = [matrix.values, words(topology.pairs), topology.columns, topology.group_ptr, topology.rows, x]
-    args += [] if bias is None else [bias]
-    y = call(kernel, jax.ShapeDtypeStruct(shape, dtype), grid, c, *args, name="two_four_matmul")
-    if c.split > 1:
-        y = y.sum(0)
-        y = y if bias is None else y + bias[:, None].astype(y.dtype)
-        y = ACTIVATIONS[activation](y).astype(x.dtype)
-    return y
-
-
-def _kernel(
-    values_ref, words_ref, columns_ref, ptr_ref, rows_ref, x_ref, *refs,
-    config, groups, v, block_rows, length, masked, has_bias, activation, precision, interpret,
-):  # fmt: skip
-    *bias_ref, y_ref = refs
-    c, (k, n), m = config, x_ref.shape, y_ref.shape[-2]
-    parts, step_words = groups * (v // block_rows), c.block_k // WORD
-    part, tile = lax.rem(pl.program_id(0), parts), lax.div(pl.program_id(0), parts)
-    group, first_row = lax.div(part, v // block_rows), lax.rem(part, v // block_rows) * block_rows
-    lanes, tokens = first_row + jnp.arange(block_rows), tile * c.block_tokens + jnp.arange(c.block_tokens)
-    live_tokens = tokens < n if n % c.block_tokens else None
-    if length is None:
-        begin, end = lax.div(ptr_ref[group], WORD), lax.div(ptr_ref[group + 1], WORD)
-        steps = pl.cdiv(end - begin, step_words)
-    else:
-        begin, end = group * (length // WORD), (group + 1) * (length // WORD)
-        steps = length // c.block_k
-    first, last = split_steps(steps, c.split)
-
-    def word_ids(step):
-        return begin + step * step_words + jnp.arange(step_words)
-
-    def load_columns(step):
-        ids = word_ids(step)
-        live = {"mask": ids < end, "other": k} if masked else {}
-        return tuple(plgpu.load(columns_ref.at[WORD * ids + slot], **live) for slot in range(WORD))
-
-    def multiply(step, columns, acc):
-        ids = word_ids(step)
-        live = ids < end if masked else None
-        word = load_tile(words_ref, ids, lanes, live, None)
-        for j in range(4):
-            low, high = (load_tile(values_ref, 8 * ids + 2 * j + i, lanes, live, None) for i in range(2))
-            for i, weights in enumerate(_spread(low, high, word, j, interpret)):
-                # The sentinel K marks a slot without a column.
-                inputs = columns[4 * j + i]
-                gathered = load_tile(x_ref, inputs, tokens, inputs < k, live_tokens)
-                a, b = (gathered, weights) if c.flip else (weights, gathered)
-                acc = acc + contract(a, b, (0, 0), precision)
-        return acc
-
-    shape = (c.block_tokens, block_rows) if c.flip else (block_rows, c.block_tokens)
-    acc = loop(first, last, load_columns, multiply, jnp.zeros(shape, jnp.float32), prefetch=c.prefetch)
-    rows = rows_ref[group * v + lanes]
-    y = acc.T if c.flip else acc
-    if c.split > 1:
-        store_tile(y_ref, rows, tokens, y, rows < m, live_tokens, pl.program_id(1))
-        return
-    if has_bias:
-        y += plgpu.load(bias_ref[0].at[rows], mask=rows < m, other=0).astype(jnp.float32)[:, None]
-    functions = ACTIVATIONS if interpret or y_ref.dtype == jnp.float32 else FAST_ACTIVATIONS
-    y = functions[activation](y).astype(y_ref.dtype)
-    store_tile(y_ref, rows, tokens, y, None if groups * v == m else rows < m, live_tokens)
 
 
 def _expanded(matrix: RowGrouped) -> RowGrouped:

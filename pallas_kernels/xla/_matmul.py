@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from pallas_kernels._activations import ACTIVATIONS
 from pallas_kernels._matrix import (
     RowGrouped,
     Topology,
@@ -25,8 +26,6 @@ from pallas_kernels._matrix import (
     slot_values,
     stored_rows_dense,
 )
-
-ACTIVATIONS = {None: lambda y: y, "relu": jax.nn.relu, "gelu": jax.nn.gelu, "silu": jax.nn.silu}
 
 # Lengths that `prepare` pads segments to. XLA runs the products of a batch in parallel since JAX 0.11. Before that only
 # several independent products use all cores where single ones are small, so there may be more of them.

@@ -3,7 +3,7 @@
 import jax
 import pytest
 
-from pallas_kernels.mosaic._support import HOPPER
+from pallas_kernels._devices import HOPPER
 
 
 @pytest.fixture

@@ -12,9 +12,9 @@ from jax import lax
 from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
 
 import pallas_kernels as pk
+from pallas_kernels import _devices as devices
 from pallas_kernels import _window as windows
 from pallas_kernels import tune
-from pallas_kernels.mosaic import _support as hopper
 from pallas_kernels.triton import _conv as triton_conv
 from pallas_kernels.triton._configs import Config
 from pallas_kernels.xla import _conv as xla_conv
@@ -347,7 +347,7 @@ GPU_CASES = [
 @pytest.mark.parametrize("implementation", ["mosaic_gpu", "triton"])
 @pytest.mark.parametrize("case", GPU_CASES, ids=lambda case: f"{case.name}-V{case.v}")
 def test_values_and_gradients_on_a_gpu(gpu, case, implementation, dtype):
-    if implementation == "mosaic_gpu" and not any(name in gpu for name in hopper.HOPPER):
+    if implementation == "mosaic_gpu" and not any(name in gpu for name in devices.HOPPER):
         pytest.skip("needs a Hopper GPU")
     matrix, dense = make(case, dtype=dtype)
     window = None if case.batch == 24 else case.window  # where the slots point is worked out before, or in the call

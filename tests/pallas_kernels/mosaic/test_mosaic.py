@@ -35,10 +35,8 @@ pytestmark = pytest.mark.filterwarnings("ignore:The Pallas Triton backend is dep
 CONFIGS = {
     64: [Config(), Config(block_tokens=512, stages=3), Config(block_tokens=128, stages=8), Config(persistent=False)],
     128: [Config(split=split, persistent=p, band=b) for split in ("rows", "tokens") for p, b in ((True, 4), (False, 1))]
-    + [Config(stages=3, split="rows"), Config(block_tokens=128, stages=6, split="rows"), Config(ahead=8)]
-    + [Config(cluster=2, split="rows", persistent=p) for p in (True, False)],
-    256: [Config(block_tokens=128, split=split) for split in ("rows", "tokens")]
-    + [Config(block_tokens=128, split="rows", cluster=2)],
+    + [Config(stages=3, split="rows"), Config(block_tokens=128, stages=6, split="rows"), Config(ahead=8)],
+    256: [Config(block_tokens=128, split=split) for split in ("rows", "tokens")],
 }
 ALL = [(v, config) for v, configs in CONFIGS.items() for config in configs]
 

@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 
 import pallas_kernels as pk
+from pallas_kernels import _devices as devices
 from pallas_kernels import _tables as tables
 from pallas_kernels import tune
 from pallas_kernels._tables import Problem
 from pallas_kernels.mosaic import _forward as mosaic_gpu_forward
 from pallas_kernels.mosaic import _matmul as mosaic_gpu
 from pallas_kernels.triton import _configs as configs
-from pallas_kernels.triton import _tiles as triton_tiles
 from pallas_kernels.triton._configs import Config
 
 RESULTS = pathlib.Path(__file__).parents[3] / "benchmarks" / "results"
@@ -137,7 +137,7 @@ def test_random_matrix(equal):
     assert (np.asarray(other.topology.rows) != np.asarray(matrix.topology.rows)).any()
 
 
-@pytest.mark.skipif(triton_tiles.device_kind() is not None, reason="there is a GPU: it would be tuned")
+@pytest.mark.skipif(devices.kind() is not None, reason="there is a GPU: it would be tuned")
 def test_tune_without_a_gpu_says_so(capsys, tmp_path):
     assert tune.main(["--out", str(tmp_path / "table.json")]) == 1
     assert "no CUDA device" in capsys.readouterr().err
