@@ -285,7 +285,7 @@ def config_of(case: Case, matrix, implementation: str) -> dict | None:
     if case.packed:
         packed = implementation == "mosaic_gpu"
         return dataclasses.asdict(mosaic_gpu_two_four.heuristic(matrix.topology, case.n)) if packed else None
-    slots, segments = matrix.topology.num_slots, matrix.topology.segments
+    slots, segments = matrix.topology.num_slots, matrix.topology.known_segments
     equal = segments is not None and len(segments) == 1
     problem = tables.Problem("forward", case.m, case.k, case.n, slots, case.group_size, case.dtype, equal)
     look_up = {"mosaic_gpu": mosaic_gpu.tuned, "triton": configs.config}[implementation]

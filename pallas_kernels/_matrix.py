@@ -22,8 +22,8 @@ HostArray = jax.Array | np.ndarray
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=["columns", "group_ptr", "rows", "counts", "positions", "pairs", "places"],
-    meta_fields=["m", "k", "group_size", "max_count", "buckets", "k_contiguous", "sentinels", "window"],
+    data_fields=["columns", "group_ptr", "rows", "counts", "inverse_rows", "pairs", "places"],
+    meta_fields=["m", "k", "group_size", "max_count", "segments", "k_contiguous", "sentinels", "window"],
 )
 @dataclasses.dataclass(frozen=True)
 class Topology:
@@ -40,7 +40,7 @@ class Topology:
         rows: (R * V,) int32, stored row i is row `rows[i]` of W; each of 0..M-1 once, every other slot the sentinel M.
         counts: None where segments are exact. In a prepared topology, (R,) int32: the first `counts[r]` slots of
             group r are real; the others hold zeros, and repeat a column the group keeps or are the sentinel K.
-        positions: None, or in a prepared topology (M,) int32: row j of W is stored row `positions[j]`.
+        inverse_rows: None, or in a prepared topology (M,) int32: row j of W is stored row `inverse_rows[j]`.
         pairs: None where every row of a group uses every kept column. Under 2:4, (ceil(P / 8), V) uint8: slots stand in
             fours, each row uses two slots of a four, and `values` is (P / 2, V). Two bits say which slot of its four a
             value belongs to, the lower first; four of them make a byte along P / 2, the first in the lowest bits. In a
@@ -49,10 +49,10 @@ class Topology:
         k: input features K.
         group_size: rows of a group, V.
         max_count: the longest segment, in slots.
-        buckets: None, or ((groups, slots), ...): the segment lengths known when tracing, in the order of the groups.
+        segments: None, or ((groups, slots), ...): the segment lengths known when tracing, in the order of the groups.
         k_contiguous: whether every segment of the values is stored transposed, as (V, slots) (see `slot_values`).
         sentinels: whether a column may be the sentinel K; False saves a product the comparison.
-        places: None, or in a topology prepared for a convolution where its slots point, see `triton_conv.slot_places`.
+        places: None, or in a topology prepared for a convolution where its slots point, see `gpu._layout.slot_places`.
         window: the geometry of that convolution.
     """
 
@@ -64,9 +64,9 @@ class Topology:
     group_size: int
     max_count: int
     counts: jax.Array | None = None
-    positions: jax.Array | None = None
+    inverse_rows: jax.Array | None = None
     pairs: jax.Array | None = None
-    buckets: tuple[tuple[int, int], ...] | None = None
+    segments: tuple[tuple[int, int], ...] | None = None
     k_contiguous: bool = False
     sentinels: bool = True
     places: jax.Array | None = None
@@ -93,10 +93,10 @@ class Topology:
         return self.num_slots == self.num_groups * self.max_count
 
     @property
-    def segments(self) -> tuple[tuple[int, int], ...] | None:
-        """The segment lengths known when tracing: `buckets`, or one bucket where the counts are equal, else None."""
-        if self.buckets is not None:
-            return self.buckets
+    def known_segments(self) -> tuple[tuple[int, int], ...] | None:
+        """The segment lengths known when tracing: `segments`, or one for all where the counts are equal, else None."""
+        if self.segments is not None:
+            return self.segments
         return ((self.num_groups, self.max_count),) if self.equal_counts else None
 
     @property
@@ -299,11 +299,11 @@ def expand(matrix: RowGrouped) -> RowGrouped:
 def slot_groups(topology: Topology) -> jax.Array:
     """The group that owns each slot: (P,) int32, R for slots behind the last group."""
     slots = jnp.arange(topology.num_slots, dtype=jnp.int32)
-    if topology.segments is None:
+    if topology.known_segments is None:
         return jnp.searchsorted(topology.group_ptr, slots, side="right").astype(jnp.int32) - 1
     # Known when tracing: one fusion, where the search is a loop of kernels.
     start, first, groups = 0, 0, jnp.full_like(slots, topology.num_groups)
-    for count, length in topology.segments:
+    for count, length in topology.known_segments:
         inside = (slots >= start) & (slots < start + count * length)
         groups = jnp.where(inside, first + (slots - start) // max(length, 1), groups)
         start, first = start + count * length, first + count
@@ -332,17 +332,17 @@ def slot_values(values: jax.Array, topology: Topology) -> jax.Array:
     if not topology.k_contiguous:
         return values
     v, start, parts = topology.group_size, 0, []
-    for groups, count in topology.segments or ():
+    for groups, count in topology.known_segments or ():
         part = values[start : start + groups * count].reshape(groups, v, count)
         parts.append(part.swapaxes(1, 2).reshape(-1, v))
         start += groups * count
     return jnp.concatenate(parts)
 
 
-def row_positions(topology: Topology) -> jax.Array:
-    """The inverse of `rows`: (M,) int32, row j of W is stored row `row_positions[j]`."""
-    if topology.positions is not None:
-        return topology.positions
+def inverse_rows(topology: Topology) -> jax.Array:
+    """The inverse of `rows`: (M,) int32, row j of W is stored row `inverse_rows[j]`."""
+    if topology.inverse_rows is not None:
+        return topology.inverse_rows
     stored = jnp.arange(topology.rows.shape[-1], dtype=jnp.int32)
     return jnp.zeros(topology.m, jnp.int32).at[topology.rows].set(stored, mode="drop")
 
@@ -360,4 +360,4 @@ def stored_rows_dense(matrix: RowGrouped) -> jax.Array:
 def to_dense(matrix: RowGrouped) -> jax.Array:
     """Decompresses a matrix without leading axes, under jit or not: (M, K), exact zeros where nothing is stored."""
     matrix = expand(matrix)
-    return stored_rows_dense(matrix).T[row_positions(matrix.topology)]
+    return stored_rows_dense(matrix).T[inverse_rows(matrix.topology)]

@@ -1,6 +1,6 @@
 """The product of a row-grouped matrix and activations: validation, dispatch over the backends, derivatives.
 
-A convolution (`pallas_kernels.conv`) is the same operation with another gather, and takes the same way.
+A convolution (`conv2d`) is the same operation with another gather, and takes the same way.
 """
 
 import dataclasses
@@ -16,6 +16,7 @@ from pallas_kernels import _two_four as two_four
 from pallas_kernels._activations import ACTIVATIONS
 from pallas_kernels._matrix import RowGrouped, Topology
 from pallas_kernels._window import Window
+from pallas_kernels.gpu import _layout as layout
 from pallas_kernels.mosaic import _conv as mosaic_gpu_conv
 from pallas_kernels.mosaic import _matmul as mosaic_gpu
 from pallas_kernels.triton import _conv as triton_conv
@@ -134,7 +135,7 @@ def prepare(matrix: RowGrouped, implementation: str | None = None, window: Windo
         prepared = _first_able(BACKENDS, names, "prepare", matrix)
     if window is None or (window.is_matmul and prepared.topology.counts is None):
         return prepared
-    places = jax.jit(triton_conv.slot_places, static_argnums=1)(prepared.topology, window)
+    places = jax.jit(layout.slot_places, static_argnums=1)(prepared.topology, window)
     return RowGrouped(prepared.values, dataclasses.replace(prepared.topology, places=places, window=window))
 
 

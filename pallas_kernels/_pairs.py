@@ -1,32 +1,32 @@
-"""The pairs of 2:4: which slot of its four a value belongs to, two bits each, packed along the values."""
+"""The pairs of 2:4: for each value the slot of its four that it belongs to, two bits each, packed along the values."""
 
 import jax.numpy as jnp
 import numpy as np
 
 
-def pack(positions):
+def pack(pairs):
     """Packs (..., Q, V) integers in 0..3 into (..., ceil(Q / 4), V) uint8, the first in the lowest bits.
 
     Here and below NumPy arrays give NumPy arrays.
     """
-    lib = np if isinstance(positions, np.ndarray) else jnp
-    *batch, q, v = positions.shape
-    padded = lib.pad(positions.astype(np.uint8), [(0, 0)] * len(batch) + [(0, -q % 4), (0, 0)])
+    lib = np if isinstance(pairs, np.ndarray) else jnp
+    *batch, q, v = pairs.shape
+    padded = lib.pad(pairs.astype(np.uint8), [(0, 0)] * len(batch) + [(0, -q % 4), (0, 0)])
     quads = padded.reshape(*batch, -(-q // 4), 4, v)
     return quads[..., 0, :] | quads[..., 1, :] << 2 | quads[..., 2, :] << 4 | quads[..., 3, :] << 6
 
 
 def unpack(packed, q: int):
-    """Undoes `pack`, whether bytes or `words`: the first q positions, (..., q, V) uint8."""
+    """Undoes `pack`, whether of bytes or `wide_pairs`: the first q pairs, (..., q, V) uint8."""
     shifts = np.arange(0, 8 * packed.dtype.itemsize, 2).astype(packed.dtype)[:, None]
-    positions = (packed[..., None, :] >> shifts & np.array(3, packed.dtype)).astype(np.uint8)
-    return positions.reshape(*packed.shape[:-2], -1, packed.shape[-1])[..., :q, :]
+    pairs = (packed[..., None, :] >> shifts & np.array(3, packed.dtype)).astype(np.uint8)
+    return pairs.reshape(*packed.shape[:-2], -1, packed.shape[-1])[..., :q, :]
 
 
-def words(packed):
+def wide_pairs(packed):
     """Joins every two bytes (..., B, V) to a uint16, (..., ceil(B / 2), V), the first in the lower bits.
 
-    Words stay words. Kernels read them in the shape of the values: a word holds the positions of the eight values of
+    What is wide already stays. Kernels read them in the shape of the values: a word holds the pairs of
     four fours.
     """
     if packed.dtype == np.uint16:

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels._matrix import HostArray, RowGrouped, Topology, expand, row_grouped
-from pallas_kernels._pairs import pack, unpack, words
+from pallas_kernels._pairs import pack, unpack, wide_pairs
 
 
 def from_dense_two_four(weight: HostArray, rows: HostArray, order: HostArray, choice: HostArray) -> RowGrouped:
@@ -123,7 +123,7 @@ def _arranged(matrix: RowGrouped, prepared: Topology) -> RowGrouped:
     """Arranges the fours of a matrix as the slots of its expanded form were, groups reordered and segments padded."""
     topology = matrix.topology
     if prepared.counts is None or (np.asarray(prepared.group_ptr) % 4).any():
-        return RowGrouped(matrix.values, dataclasses.replace(topology, pairs=words(topology.pairs)))
+        return RowGrouped(matrix.values, dataclasses.replace(topology, pairs=wide_pairs(topology.pairs)))
     v, r = topology.group_size, topology.num_groups
     ptr, new_ptr = np.asarray(topology.group_ptr), np.asarray(prepared.group_ptr)
     blocks = {block.tobytes(): g for g, block in enumerate(np.asarray(topology.rows).reshape(r, v))}
@@ -135,5 +135,5 @@ def _arranged(matrix: RowGrouped, prepared: Topology) -> RowGrouped:
     pairs = unpack(np.asarray(topology.pairs), topology.num_values).reshape(-1, 2, v)
     values = np.concatenate([values, np.zeros((1, 2, v), values.dtype)])[source].reshape(-1, v)
     padding = np.broadcast_to(np.arange(2, dtype=np.uint8)[:, None], (1, 2, v))
-    pairs = jnp.asarray(words(pack(np.concatenate([pairs, padding])[source].reshape(-1, v))))
+    pairs = jnp.asarray(wide_pairs(pack(np.concatenate([pairs, padding])[source].reshape(-1, v))))
     return RowGrouped(jnp.asarray(values), dataclasses.replace(prepared, pairs=pairs, k_contiguous=False))

@@ -48,7 +48,7 @@ class Window:
         )
 
     @property
-    def positions(self) -> int:
+    def output_pixels(self) -> int:
         """Pixels H' W' of the output."""
         return self.outputs[0] * self.outputs[1]
 

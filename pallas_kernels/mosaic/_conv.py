@@ -1,10 +1,11 @@
 """Convolutions with a row-grouped filter matrix as a Pallas-Mosaic kernel for Hopper GPUs: implicit GEMM.
 
-The product of `pallas_kernels.mosaic_gpu` with another gather: it addresses the slots' rows of the right side as
-`pallas_kernels.triton_conv` does. With one tap for each pixel it is that product. Derivatives are Triton's.
+The product of `pallas_kernels.mosaic._matmul` with another gather: it addresses the slots' rows of the right side as
+`pallas_kernels.gpu._layout` says. With one tap for each pixel it is that product. Derivatives are Triton's.
 """
 
 from pallas_kernels._tables import FEW_TOKENS
+from pallas_kernels.gpu import _layout as layout
 from pallas_kernels.mosaic import _matmul as mosaic_gpu
 from pallas_kernels.mosaic import _support as hopper
 from pallas_kernels.triton import _conv as triton_conv
@@ -28,15 +29,15 @@ def forward(matrix, x, bias, *, window, activation, precision, addend=None, conf
         activation: see `matmul`.
         precision: ignored, as in `mosaic_gpu.forward`.
         addend: (M, H' W' B) of x's dtype, or None.
-        config: a `mosaic_gpu_forward.Config`; None takes the heuristic's.
+        config: a `_forward.Config`; None takes the heuristic's.
 
     Raises:
-        NotImplementedError: the matrix, the images, the GPU or the version of JAX is none the kernel does.
+        NotImplementedError: the matrix, the images, the GPU or the version of JAX is not supported by the kernel.
     """
     del precision
     topology, batch = matrix.topology, x.shape[-1]
     hopper.check(topology, x.dtype)
-    triton_conv.check_window(window)
+    layout.check_window(window)
     if batch == 0 or batch % triton_tiles.VECTOR:
         raise NotImplementedError(f"the Mosaic kernel needs images in multiples of 8, got {batch}")
     config = heuristic(topology, window, batch) if config is None else config
@@ -44,7 +45,7 @@ def forward(matrix, x, bias, *, window, activation, precision, addend=None, conf
     if window.is_matmul and topology.counts is None:
         ids, x, window = topology.columns, x.reshape(topology.k, -1), None
     else:
-        ids, x = triton_conv.slot_places(topology, window).reshape(-1), x.reshape(-1, batch)
+        ids, x = layout.slot_places(topology, window).reshape(-1), x.reshape(-1, batch)
     return mosaic_gpu.call(matrix, ids, x, bias, addend, activation=activation, config=config, window=window)
 
 
@@ -66,7 +67,7 @@ def heuristic(topology, window, batch: int):
     if v == 256:
         return mosaic_gpu.heuristic(v, FEW_TOKENS + 1)
     # How many tiles a program gets; one that is cut off by the last token counts for as much as it has.
-    multiprocessors, work = hopper.multiprocessors(), topology.num_groups * window.positions * batch
+    multiprocessors, work = hopper.multiprocessors(), topology.num_groups * window.output_pixels * batch
     narrow, wide = (-(-work // (tokens * multiprocessors)) for tokens in (128, 256))
     small = NARROW * narrow < wide
     if v == 128:
@@ -94,7 +95,7 @@ def pays(matrix, x, window) -> bool:
     if matrix.topology.pairs is not None:
         return window.is_matmul and mosaic_gpu.pays(matrix, x.reshape(matrix.topology.k, -1), "feature_major")
     try:
-        tiles = matrix.topology.num_groups * -(-window.positions * x.shape[-1] // 128)
+        tiles = matrix.topology.num_groups * -(-window.output_pixels * x.shape[-1] // 128)
         return 4 * tiles >= hopper.multiprocessors()
     except NotImplementedError:
         return False

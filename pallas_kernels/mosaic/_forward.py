@@ -55,9 +55,9 @@ class Config:
     block_k: int = BLOCK_K
 
     def shared_memory(self, group_size: int, packed: bool = False, id_words: int = 1) -> int:
-        """Bytes of the stages and the ring of column ids, which are so many words of four bytes each.
+        """Bytes of the stages and the ring of column ids, `id_words` 32-bit words each.
 
-        A packed step has half the values and words of positions.
+        A packed step has half the values, and their pairs.
         """
         weights = group_size + 2 * group_size // WORD if packed else 2 * group_size
         slot = self.stages * (weights + 2 * self.block_tokens) + 4 * id_words * (self.stages + self.ahead)
@@ -130,19 +130,19 @@ def dealt(program, i, *, groups: int, steps: int, token_tiles: int, programs: in
 
 
 def product(
-    values, columns, rows, x, bias, words=None, addend=None,
+    values, columns, rows, x, bias, pairs=None, addend=None,
     *, m, n, segments, activation, config: Config, multiprocessors: int, sentinels: bool = False,
     window: Window | None = None,
 ):  # fmt: skip
     """Computes activation(W x + bias + addend), feature-major; a convolution has x as `ptx.gather` reads it.
 
     Args:
-        values: (P, V) bfloat16 or float16, V = 64, 128 or 256; (P / 2, V) with `words`.
+        values: (P, V) bfloat16 or float16, V = 64, 128 or 256; (P / 2, V) with `pairs`.
         columns: (P,) int32 in 0..K-1; with a window the ids of `ptx.gather`, flat.
         rows: (R * V,) int32.
         x: (K, N) of the values' dtype, N rounded up to a multiple of 8; with a window (C H W, B), B a multiple of 8.
         bias: (M,) of the same dtype, or None.
-        words: None, or the positions of packed 2:4 values, (P / 16, V) uint16 as `pairs.words` makes them.
+        pairs: None, or the pairs of packed 2:4 values, (P / 16, V) uint16 as `wide_pairs` makes them.
         addend: (M, N) of the same dtype, or None.
         m: M.
         n: N.
@@ -156,7 +156,7 @@ def product(
     Returns:
         (M, N) of the values' dtype.
     """
-    c, v, packed = config, values.shape[1], words is not None
+    c, v, packed = config, values.shape[1], pairs is not None
     id_words = 1 if packed else columns.size // values.shape[0]
     groups, token_tiles = sum(count for count, _ in segments), pl.cdiv(n, c.block_tokens)
     tiles = groups * token_tiles
@@ -169,7 +169,7 @@ def product(
         )
     else:
         work = jnp.asarray(schedule(segments, token_tiles, programs, c.band, c.block_k))
-    optional = {"work": work, "bias": bias, "addend": addend, "words": words}
+    optional = {"work": work, "bias": bias, "addend": addend, "pairs": pairs}
     optional = {name: a for name, a in optional.items() if a is not None}
 
     def row_grouped_matmul(*refs):  # the kernel's name in profiles
@@ -226,9 +226,9 @@ def _body(
     config, v, m, n, tiles, programs, deal, given, sentinels, id_words, window, activation,
 ):  # fmt: skip
     optional = dict(zip(given, refs, strict=False))
-    work, bias, addend, words = (optional.get(name) for name in ("work", "bias", "addend", "words"))
-    has_bias, has_addend, packed = bias is not None, addend is not None, words is not None
-    y, a_tiles, b_tiles, ids, gathered, a_full, ids_full, empty, word_tiles = refs[len(given) :]
+    work, bias, addend, pairs = (optional.get(name) for name in ("work", "bias", "addend", "pairs"))
+    has_bias, has_addend, packed = bias is not None, addend is not None, pairs is not None
+    y, a_tiles, b_tiles, ids, gathered, a_full, ids_full, empty, pair_tiles = refs[len(given) :]
     c = config
     program, warpgroup = lax.axis_index("program"), lax.axis_index("warpgroup")
     plain, splat = plgpu.RefType(), plgpu.Layout.WG_SPLAT
@@ -242,7 +242,7 @@ def _body(
     @pl.when(warpgroup == 2)
     def _produce():
         plgpu.set_max_registers(c.registers[1], action="decrease")
-        copies = [(values, a_tiles), (words, *word_tiles)] if packed else [(values, a_tiles)]
+        copies = [(values, a_tiles), (pairs, *pair_tiles)] if packed else [(values, a_tiles)]
         _producer(copies, columns, x, b_tiles, ids, gathered, a_full, ids_full, empty,
                   entry=entry, count=count, config=c, n=n, sentinels=sentinels, id_words=id_words,
                   window=window)  # fmt: skip
@@ -301,8 +301,8 @@ def _body(
                 wait(gathered, now)
                 own_rows, own_tokens = pl.ds(warpgroup * height, height), pl.ds(warpgroup * wide, wide)
                 if c.split == "rows":
-                    return [t.at[slot, :, own_rows] for t in (a_tiles, *word_tiles)], b_tiles.at[slot]
-                return [t.at[slot] for t in (a_tiles, *word_tiles)], b_tiles.at[slot, :, own_tokens]
+                    return [t.at[slot, :, own_rows] for t in (a_tiles, *pair_tiles)], b_tiles.at[slot]
+                return [t.at[slot] for t in (a_tiles, *pair_tiles)], b_tiles.at[slot, :, own_tokens]
 
             def release(now):
                 plgpu.barrier_arrive(empty.at[lax.rem(now, c.stages)])
@@ -321,8 +321,8 @@ def _body(
 
             def multiply_sparse():
                 def one(k, acc):
-                    (a, positions), b = operands(step + k)
-                    acc = issue(acc, a, positions, b)  # waits for all that was issued before
+                    (a, pairs), b = operands(step + k)
+                    acc = issue(acc, a, pairs, b)  # waits for all that was issued before
                     pl.when(k > 0)(lambda: release(step + k - 1))
                     return acc
 

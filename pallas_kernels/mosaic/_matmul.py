@@ -30,7 +30,7 @@ def prepare(matrix):
     """Arranges the matrix as for Triton: segments padded to whole steps, groups sorted, heaviest first.
 
     Raises:
-        NotImplementedError: a group size or dtype the kernel does not do.
+        NotImplementedError: a group size or dtype the kernel does not support.
     """
     hopper.check(matrix.topology, matrix.dtype)
     return triton.prepare(matrix)
@@ -47,10 +47,10 @@ def forward(matrix, x, bias, *, activation, layout, precision, addend=None, conf
         layout: see `matmul`.
         precision: ignored: products of two-byte numbers are exact in the float32 sums.
         addend: of the result's shape and x's dtype, or None.
-        config: a `mosaic_gpu_forward.Config`; None takes the `tuned` one.
+        config: a `_forward.Config`; None takes the `tuned` one.
 
     Raises:
-        NotImplementedError: the matrix, the number of tokens, the GPU or the version of JAX is none the kernel does.
+        NotImplementedError: the kernel does not support the matrix, the number of tokens, the GPU or the version of JAX.
     """
     del precision
     hopper.check(matrix.topology, x.dtype)
@@ -66,10 +66,10 @@ def forward(matrix, x, bias, *, activation, layout, precision, addend=None, conf
 
 
 def call(matrix, ids, x, bias, addend, *, activation, config, window=None):
-    """Calls the kernel on the arguments of `mosaic_gpu_forward.product`.
+    """Calls the kernel on the arguments of `_forward.product`.
 
     Raises:
-        NotImplementedError: the config, the matrix, the GPU or the version of JAX is none the kernel does.
+        NotImplementedError: the config, the matrix, the GPU or the version of JAX is not supported by the kernel.
     """
     topology, kernel = matrix.topology, hopper.kernel()
     used = config.shared_memory(topology.group_size, id_words=ids.size // topology.num_slots)
@@ -80,8 +80,8 @@ def call(matrix, ids, x, bias, addend, *, activation, config, window=None):
     product = functools.partial(
         kernel.product,
         m=topology.m,
-        n=x.shape[1] if window is None else window.positions * x.shape[1],
-        segments=topology.segments,
+        n=x.shape[1] if window is None else window.output_pixels * x.shape[1],
+        segments=topology.known_segments,
         activation=activation,
         config=config,
         multiprocessors=hopper.multiprocessors(),
@@ -106,7 +106,7 @@ def grad_values(
         dy: the gradient of the output.
         layout: see `matmul`.
         precision: ignored, as in `forward`.
-        config: a `mosaic_gpu_grad.Config`; None takes the `tuned` one where this kernel is faster.
+        config: a `_grad.Config`; None takes the `tuned` one where this kernel is faster.
 
     Raises:
         NotImplementedError: a config is given for a matrix that the kernel cannot do.

@@ -62,7 +62,7 @@ def gather(
         x: (K, tokens) in global memory; with a window (C H W, B), B a multiple of 8.
         ids: (block_k,) int32 in shared memory, the rows to copy. With a window how many pixels a slot's tap lies behind
             an output position's first tap; if `masked` (block_k, 2), the second the bits of the tap, see
-            `triton_conv.slot_places`.
+            `gpu._layout.slot_places`.
         tile: (block_k, block_tokens) in shared memory, tiled and swizzled.
         barriers: as in `init_barriers`.
         token_tile: which tile of tokens; of those behind the last token nothing is copied.
@@ -84,7 +84,7 @@ def gather(
     if window is None:
         start, inside, pitch = _wide(_mul(token, 2)), _i32(0), tokens * 2
     else:
-        batch = tokens // window.positions
+        batch = tokens // window.output_pixels
         start, inside = _corner(token, window, batch)
         pitch = batch * 2
     source, target, ids = arith.addi(_global(x), start), _shared(tile), _shared(ids)

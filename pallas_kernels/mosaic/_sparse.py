@@ -1,10 +1,10 @@
 """The product on Hopper's sparse tensor cores, `wgmma.mma_async.sp`, which Pallas does not expose.
 
-Like those of `mosaic_gpu_ptx`, every function is the body of a `plgpu.inline_mgpu` call. An instruction multiplies 64
+Like those of `_ptx`, every function is the body of a `plgpu.inline_mgpu` call. An instruction multiplies 64
 rows of compressed weights, two of every four inputs, by 32 inputs of up to 256 tokens. Which two, it reads from one
-32-bit register a thread: in warp w, thread 4 q + c holds the positions of the rows 16 w + q (the lower half) and
+32-bit register a thread: in warp w, thread 4 q + c holds the pairs of the rows 16 w + q (the lower half) and
 16 w + 8 + q, of the c-th four fours of the 64 slots of a step. The first of two instructions reads c = 0 and 1, the
-second 2 and 3. A half so is one of the words of `pairs.words`, and all that is left to do is to load it.
+second 2 and 3. So each half is a number of `wide_pairs`, and only has to be loaded.
 """
 
 from typing import Any
@@ -29,16 +29,16 @@ def zeros(*, shape: tuple[int, int], layout) -> fa.FragmentedArray:
     return start
 
 
-def multiply(acc, a, words, b) -> fa.FragmentedArray:
+def multiply(acc, a, pairs, b) -> fa.FragmentedArray:
     """Waits for all that was started before, then starts acc += W x for the slots of a step.
 
-    The tensor cores read the registers of positions while they work, and the compiler does not know it: loaded any
-    earlier, the positions of this step would replace those of the last one under way.
+    The tensor cores read the registers of pairs while they work, and the compiler does not know it: loaded any
+    earlier, the pairs of this step would replace those of the last one under way.
 
     Args:
         acc: (rows, tokens) float32, one number a register.
         a: (slots / 2, rows) two-byte values in shared memory, tiled, rows of 128 bytes swizzled.
-        words: (slots / 16, rows) uint16 in shared memory, in tiles of four such rows.
+        pairs: (slots / 16, rows) uint16 in shared memory, in tiles of four such rows.
         b: (slots, tokens) activations in shared memory, tiled and swizzled by up to 128 bytes.
     """
     nvvm.wgmma_wait_group_sync_aligned(0)
@@ -51,7 +51,7 @@ def multiply(acc, a, words, b) -> fa.FragmentedArray:
     (b_base, _), (_, b_next_slots), _ = mma_utils.create_descriptor(
         b, swizzle=2 * ir.MemRefType(b.type).shape[-1], group_size=(SLOTS, tokens), logical_k_major=True
     )
-    positions = [[_positions(words, block, part) for part in range(slots // 64)] for block in range(rows // ROWS)]
+    loaded = [[_register(pairs, block, part) for part in range(slots // 64)] for block in range(rows // ROWS)]
     nvvm.wgmma_fence_aligned()  # the tensor cores read the registers just written
     registers = acc.registers.copy()
     for block in range(rows // ROWS):
@@ -60,7 +60,7 @@ def multiply(acc, a, words, b) -> fa.FragmentedArray:
                 registers[block : block + 1],
                 _moved(a_base, block * a_next_rows + i * a_next_slots),
                 _moved(b_base, i * b_next_slots),
-                positions[block][i // 2],
+                loaded[block][i // 2],
                 i % 2,
                 tokens,
                 dtype,
@@ -75,14 +75,14 @@ def drain(acc) -> fa.FragmentedArray:
     return fa.optimization_barrier(acc).to_layout(fa.WGMMA_LAYOUT)
 
 
-def _positions(words, block: int, part: int):
-    """Loads this thread's register of positions for the 64 rows of a block and the 64 slots of a part of a step."""
+def _register(pairs, block: int, part: int):
+    """Loads this thread's register of pairs for the 64 rows of a block and the 64 slots of a part of a step."""
     thread = arith.remui(utils.thread_idx(), ptx._i32(ptx.WARPGROUP))
     warp, lane = arith.divui(thread, ptx._i32(32)), arith.remui(thread, ptx._i32(32))
     q, c = arith.divui(lane, ptx._i32(4)), arith.remui(lane, ptx._i32(4))
     first = arith.addi(ptx._mul(warp, 32), ptx._mul(q, 2))
-    address = arith.addi(ptx._shared(words), arith.addi(ptx._mul(c, 128), first))
-    part_stride, block_stride = (2 * stride for stride in _strides(words)[:2])
+    address = arith.addi(ptx._shared(pairs), arith.addi(ptx._mul(c, 128), first))
+    part_stride, block_stride = (2 * stride for stride in _strides(pairs)[:2])
     address = arith.addi(address, ptx._i32(block * block_stride + part * part_stride))
     # The swizzle turns chunks of 16 bytes by the number of their row of 128.
     turn = arith.andi(arith.divui(address, ptx._i32(8)), ptx._i32(7 * 16))
@@ -100,8 +100,8 @@ def _moved(descriptor, offset: int):
     return arith.addi(descriptor, ptx._i64(mma_utils.encode_addr(offset)))
 
 
-def _instruction(acc: np.ndarray, a, b, positions, half: int, tokens: int, dtype: ir.Type) -> np.ndarray:
-    """One product of 64 rows; `half` says which threads' positions it reads."""
+def _instruction(acc: np.ndarray, a, b, pairs, half: int, tokens: int, dtype: ir.Type) -> np.ndarray:
+    """One product of 64 rows; `half` says which threads' pairs it reads."""
     count, f32 = tokens // 2, ir.VectorType.get((1,), ir.F32Type.get())
     held = "{" + ", ".join(f"${i}" for i in range(count)) + "}"
     name = f"wgmma.mma_async.sp.sync.aligned.m{ROWS}n{tokens}k{SLOTS}.f32.{dtype}.{dtype}"
@@ -110,7 +110,7 @@ def _instruction(acc: np.ndarray, a, b, positions, half: int, tokens: int, dtype
     constraints = ["=f"] * count + [str(i) for i in range(count)] + ["l", "l", "r"]
     struct: Any = llvm.inline_asm(
         llvm.StructType.get_literal([f32] * count),
-        [*acc.flat, a, b, positions],
+        [*acc.flat, a, b, pairs],
         text,
         ",".join(constraints),
         asm_dialect=0,

@@ -10,7 +10,7 @@ import numpy as np
 
 from pallas_kernels import _two_four as two_four
 from pallas_kernels._matrix import RowGrouped
-from pallas_kernels._pairs import words
+from pallas_kernels._pairs import wide_pairs
 from pallas_kernels.mosaic import _support as hopper
 from pallas_kernels.triton import _matmul as triton
 from pallas_kernels.triton import _tiles as triton_tiles
@@ -22,10 +22,10 @@ grad_values_two_four = triton.grad_values_two_four
 
 
 def prepare_two_four(matrix: RowGrouped) -> RowGrouped:
-    """Arranges the packed matrix as for Triton, whose words the sparse tensor cores read too.
+    """Arranges the packed matrix as for Triton, whose wide pairs the sparse tensor cores read too.
 
     Raises:
-        NotImplementedError: a group size or dtype the kernel does not do.
+        NotImplementedError: a group size or dtype the kernel does not support.
     """
     hopper.check(matrix.topology, matrix.dtype)
     prepared = two_four.call(triton, "prepare", matrix)
@@ -45,10 +45,10 @@ def forward_two_four(matrix, x, bias, *, activation, layout, precision, config=N
         activation: see `matmul`.
         layout: see `matmul`.
         precision: ignored: products of two-byte numbers are exact in the float32 sums.
-        config: a `mosaic_gpu_forward.Config`; None takes the heuristic's.
+        config: a `_forward.Config`; None takes the heuristic's.
 
     Raises:
-        NotImplementedError: the matrix, the GPU or the version of JAX is none the kernel does.
+        NotImplementedError: the matrix, the GPU or the version of JAX is not supported by the kernel.
     """
     del precision
     topology = matrix.topology
@@ -67,18 +67,18 @@ def forward_two_four(matrix, x, bias, *, activation, layout, precision, config=N
         kernel.product,
         m=topology.m,
         n=n,
-        segments=topology.segments,
+        segments=topology.known_segments,
         activation=activation,
         config=config,
         multiprocessors=hopper.multiprocessors(),
         sentinels=topology.sentinels,
     )
     x = jnp.pad(x, ((0, 0), (0, -n % triton_tiles.VECTOR)))
-    args = (matrix.values, topology.columns, topology.rows, x, words(topology.pairs))
+    args = (matrix.values, topology.columns, topology.rows, x, wide_pairs(topology.pairs))
     args += () if bias is None else (bias,)
     # Slices of a batch run one after the other: each fills the GPU.
     y = jax.custom_batching.sequential_vmap(
-        lambda values, columns, rows, x, words, bias=None: product(values, columns, rows, x, bias, words)
+        lambda values, columns, rows, x, pairs, bias=None: product(values, columns, rows, x, bias, pairs)
     )(*args)
     return y.T if layout == "token_major" else y
 
@@ -119,7 +119,7 @@ def search_space(topology, tokens: int) -> tuple:
 
 def _deepest(topology, config):
     """The config with steps that divide the segments, and as deep a ring as fits."""
-    lengths = [slots for _, slots in topology.segments or ()]
+    lengths = [slots for _, slots in topology.known_segments or ()]
     config = dataclasses.replace(config, block_k=math.gcd(config.block_k, *lengths))
     rings = (dataclasses.replace(config, stages=stages) for stages in range(12, 1, -1))
     room = hopper.kernel().SHARED_MEMORY

@@ -1,6 +1,6 @@
 """Convolutions with a row-grouped filter matrix as Pallas-Triton kernels: implicit GEMM.
 
-The product is that of `pallas_kernels.triton_forward` with N tokens that are output positions times images: a program
+The product is that of `_forward` with N tokens that are output positions times images: a program
 computes the rows of one group times a tile of tokens. A slot's row of the right side is stored nowhere but addressed:
 the address splits into a part of the slot (its channel and tap) and a part of the token (the output position's corner
 and the image). A table of one number a slot, made before the kernel, leaves one addition inside it. Borders are a bit
@@ -16,9 +16,10 @@ from jax.experimental.pallas import triton as plgpu
 
 from pallas_kernels import _devices as devices
 from pallas_kernels import _two_four as two_four
-from pallas_kernels._matrix import INT32_MAX, RowGrouped, Topology, expand, slot_is_real
+from pallas_kernels._matrix import RowGrouped, Topology, expand
 from pallas_kernels._tables import Op
 from pallas_kernels._window import Window
+from pallas_kernels.gpu import _layout as layout
 from pallas_kernels.triton import _configs as configs
 from pallas_kernels.triton import _matmul as triton
 from pallas_kernels.triton import _product
@@ -30,8 +31,6 @@ from pallas_kernels.triton._tiles import (
     problem,
 )
 from pallas_kernels.xla._conv import dense_grad_input
-
-MAX_TAPS = 30  # rows plus columns of a filter, whose bits share an int32
 
 
 def forward(matrix, x, bias, *, window, activation, precision, config=None):
@@ -47,7 +46,7 @@ def forward(matrix, x, bias, *, window, activation, precision, config=None):
         config: None looks one up, as for the product of the same sizes.
 
     Raises:
-        NotImplementedError: a group size, dtype or filter size the kernel does not do.
+        NotImplementedError: a group size, dtype or filter size not supported by the kernel.
     """
     topology, batch = matrix.topology, x.shape[-1]
     if window.is_matmul:
@@ -87,7 +86,7 @@ def grad_values(topology, x, dy, *, window, precision, config=None):
     """Computes dValues (P, V), zero on padding and on sentinel rows.
 
     Raises:
-        NotImplementedError: a group size, dtype or filter size the kernel does not do.
+        NotImplementedError: a group size, dtype or filter size not supported by the kernel.
     """
     if window.is_matmul:
         flat = x.reshape(topology.k, -1)
@@ -110,7 +109,7 @@ def grad_values(topology, x, dy, *, window, precision, config=None):
 
         return load
 
-    operands = *slot_tables(topology, window), x.reshape(-1, x.shape[-1])
+    operands = *layout.slot_tables(topology, window), x.reshape(-1, x.shape[-1])
     return _product.grad_values(
         gather, topology, operands, dy, config=config, precision=precision, name="row_grouped_conv_grad_values"
     )
@@ -120,7 +119,7 @@ def grad_input(matrix, dy, *, window, precision):
     """Computes the gradient of x, (C, H, W, B): the filters are decompressed, the convolution that follows is dense.
 
     Raises:
-        NotImplementedError: a group size or dtype the kernel does not do.
+        NotImplementedError: a group size or dtype not supported by the kernel.
     """
     if window.is_matmul:
         dx = triton.grad_input(matrix, dy, layout="feature_major", precision=precision)
@@ -129,55 +128,14 @@ def grad_input(matrix, dy, *, window, precision):
     return dense_grad_input(decompress(matrix), dy, window, precision)
 
 
-def slot_tables(topology: Topology, window: Window) -> tuple[jax.Array, jax.Array]:
-    """Where the slots point: two (P,) int32.
-
-    Returns:
-        The distance in pixels of (C, H, W) from an output position's corner (its first tap) in channel 0, and the bits
-        of the tap: i and kh + j for tap (i, j). A slot without a column has all bits, which no position has.
-    """
-    (kh, kw), (height, width) = window.kernel, window.image
-    tap, channel = jnp.divmod(jnp.minimum(topology.columns, window.features - 1), window.channels)
-    i, j = jnp.divmod(tap, kw)
-    pixels = (channel * height + i * window.dilation[0]) * width + j * window.dilation[1]
-    bits = jnp.where(topology.columns < window.features, (1 << i) | (1 << (kh + j)), -1)
-    return pixels.astype(jnp.int32), bits.astype(jnp.int32)
-
-
-def slot_places(topology: Topology, window: Window) -> jax.Array:
-    """Where the slots point, in one array: (P, 2) int32 of `slot_tables`, padding as slots without a column.
-
-    Where no tap can be outside of the image and no slot is padding, (P,) of the first table is enough.
-    """
-    if topology.places is not None and topology.window == window:
-        return topology.places
-    if topology.counts is not None:
-        columns = jnp.where(slot_is_real(topology), topology.columns, topology.k)
-        topology = dataclasses.replace(topology, columns=columns)
-    pixels, bits = slot_tables(topology, window)
-    return jnp.stack([pixels, bits], axis=-1) if window.is_padded or topology.counts is not None else pixels
-
-
-def check_window(window: Window) -> None:
-    """Raises NotImplementedError for filters and images that `slot_tables` cannot describe."""
-    if sum(window.kernel) > MAX_TAPS:
-        raise NotImplementedError(
-            f"the GPU kernels do filters of at most {MAX_TAPS} rows and columns together, got {window.kernel}"
-        )
-    if window.channels * window.image[0] * window.image[1] > INT32_MAX:
-        raise NotImplementedError(
-            f"the GPU kernels do images of at most 2^31 numbers, got {window.channels} channels of {window.image}"
-        )
-
-
 def _check(topology: Topology, dtype, window: Window) -> None:
     check(topology, dtype)
-    check_window(window)
+    layout.check_window(window)
 
 
 def _config(op: Op, topology: Topology, x: jax.Array, window: Window) -> Config:
     """The config of the product that the convolution is, with one output position and image a token."""
-    tokens = window.positions * x.shape[-1]
+    tokens = window.output_pixels * x.shape[-1]
     return configs.config(problem(op, topology, jax.ShapeDtypeStruct((topology.k, tokens), x.dtype)), devices.kind())
 
 
@@ -212,10 +170,10 @@ def _forward(matrix: RowGrouped, x, bias, window: Window, activation, precision,
         return load_slots, _product.product(tile, values_ref, gather, flip=config.flip, precision=precision)
 
     # Counting in pixels tells the compiler that addresses are multiples of the batch.
-    operands = matrix.values, *slot_tables(topology, window), x.reshape(-1, batch)
+    operands = matrix.values, *layout.slot_tables(topology, window), x.reshape(-1, batch)
+    n = window.output_pixels * batch
     return _product.forward(
-        walk, topology, operands, bias, window.positions * batch, dtype=x.dtype, activation=activation, config=config,
-        name="row_grouped_conv",
+        walk, topology, operands, bias, n, dtype=x.dtype, activation=activation, config=config, name="row_grouped_conv"
     )  # fmt: skip
 
 

@@ -42,7 +42,7 @@ def grad_values(
     """Computes dValues (P, V), zero on padding and on sentinel rows; see `matmul`.
 
     Raises:
-        NotImplementedError: a group size or dtype the kernel does not do.
+        NotImplementedError: a group size or dtype not supported by the kernel.
     """
     check(topology, x.dtype)
     if layout == "token_major":
@@ -69,7 +69,7 @@ def grad_input(
     """Computes dX = W^T dY; see `matmul`. No (M, K) array is made for up to `FEW_TOKENS` tokens.
 
     Raises:
-        NotImplementedError: a group size or dtype the kernel does not do.
+        NotImplementedError: a group size or dtype not supported by the kernel.
     """
     topology = matrix.topology
     check(topology, dy.dtype)

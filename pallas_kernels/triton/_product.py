@@ -151,7 +151,7 @@ def grad_values(
         name: of the kernel.
     """
     c, p, v, m, n = config, topology.num_slots, topology.group_size, topology.m, dy.shape[1]
-    exact = topology.counts is None and topology.segments is not None and topology.max_count % c.block_rows == 0
+    exact = topology.counts is None and topology.known_segments is not None and topology.max_count % c.block_rows == 0
     tiles, real_rows = pl.cdiv(topology.max_count, c.block_rows), topology.num_groups * v == m
 
     def kernel(*refs, interpret):
@@ -182,7 +182,7 @@ def grad_values(
 
     args = (*operands, topology.group_ptr, real_counts(topology), topology.rows, dy)
     d = call_split(kernel, (p, v), dy.dtype, topology.num_groups * tiles, c, args, name).astype(dy.dtype)
-    if topology.segments is None:  # slots behind the last group, which no program writes
+    if topology.known_segments is None:  # slots behind the last group, which no program writes
         d = jnp.where((jnp.arange(p) < topology.group_ptr[-1])[:, None], d, 0)
     return d
 

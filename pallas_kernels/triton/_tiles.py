@@ -28,7 +28,7 @@ def check(topology: Topology, dtype: DTypeLike) -> None:
         raise NotImplementedError(f"the Triton kernels need groups of 16, 32, 64, ... rows, got {v}")
     if jnp.dtype(dtype).name not in DTYPES:
         raise NotImplementedError(f"the Triton kernels compute in {', '.join(DTYPES)}, got {jnp.dtype(dtype).name}")
-    if getattr(topology, "positions", None) is not None or getattr(topology, "k_contiguous", False):
+    if getattr(topology, "inverse_rows", None) is not None or getattr(topology, "k_contiguous", False):
         raise NotImplementedError("this matrix was prepared for another implementation")
     if topology.num_slots == 0:
         raise NotImplementedError("the Triton kernels need at least one slot")
@@ -39,7 +39,7 @@ def check(topology: Topology, dtype: DTypeLike) -> None:
 
 def problem(op: Op, topology: Topology, x: jax.Array | jax.ShapeDtypeStruct) -> Problem:
     """The key under which a product's config is looked up; x is feature-major."""
-    dtype, segments = jnp.dtype(x.dtype).name, topology.segments
+    dtype, segments = jnp.dtype(x.dtype).name, topology.known_segments
     equal = segments is not None and len(segments) == 1
     slots, v = topology.num_slots, topology.group_size
     return Problem(op, topology.m, topology.k, x.shape[1], slots, v, dtype, equal)
@@ -95,7 +95,7 @@ def call(
 
 def static_length(topology: Topology, block_k: int) -> int | None:
     """The length of all segments, where it is one, known when tracing and a multiple of a step."""
-    segments = topology.segments
+    segments = topology.known_segments
     if segments is not None and len(segments) == 1 and segments[0][1] % block_k == 0:
         return segments[0][1]
     return None
@@ -103,7 +103,7 @@ def static_length(topology: Topology, block_k: int) -> int | None:
 
 def is_aligned(topology: Topology, block_k: int) -> bool:
     """Whether every segment is known to be a multiple of a step, so that no load needs a mask."""
-    segments = topology.segments
+    segments = topology.known_segments
     return segments is not None and all(length % block_k == 0 for _, length in segments)
 
 

@@ -1,6 +1,6 @@
 """Products of packed 2:4 matrices as Pallas-Triton kernels, the values expanded in registers.
 
-A tile of words holds the positions of four fours a row, next to it eight tiles of values. Slot i of the j-th fours
+A tile of words holds the pairs of four fours a row, next to it eight tiles of values. Slot i of the j-th fours
 makes a dense tile, zero where a row does not use that slot, and meets the activations of those slots on the matrix
 unit: sixteen products a step, and nothing has to be interleaved. Two rows at a time are expanded by bit operations on
 32-bit registers. That saves bytes, not arithmetic, and it is repeated for every tile of tokens. So it pays for few
@@ -17,7 +17,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from pallas_kernels._matrix import RowGrouped, Topology, expand
-from pallas_kernels._pairs import words
+from pallas_kernels._pairs import wide_pairs
 from pallas_kernels._two_four import fill, select
 from pallas_kernels.triton import _product
 from pallas_kernels.triton._configs import Config
@@ -36,7 +36,7 @@ from pallas_kernels.triton._tiles import (
 MOST_TOKENS = 128
 """Beyond it the expanded matrix is faster."""
 WORD = 16
-"""Slots whose positions a word holds."""
+"""Slots whose pairs a word holds."""
 EXPAND = Config(block_rows=16, num_warps=4, num_stages=1)
 # Two rows to a register. A bit of a word's half is shifted to the sign of that half, which prmt spreads over the half.
 MASK = "shl.b32 $0, $1, {0}; prmt.b32 $0, $0, $0, 0xBB99;"
@@ -62,7 +62,7 @@ def forward_two_four(matrix, x, bias, *, activation, layout, precision, config=N
         config: None uses the heuristic up to `MOST_TOKENS` tokens, and beyond it the expanded matrix.
 
     Raises:
-        NotImplementedError: a group size or dtype the kernels do not do.
+        NotImplementedError: a group size or dtype not supported by the kernels.
     """
     topology = matrix.topology
     check(topology, x.dtype)
@@ -84,7 +84,7 @@ def grad_values_two_four(topology, x, dy, *, layout, precision):
     """Computes dValues (P / 2, V): all of the kept columns, of which the stored slots are taken; see `matmul`.
 
     Raises:
-        NotImplementedError: a group size or dtype the kernel does not do.
+        NotImplementedError: a group size or dtype not supported by the kernel.
     """
     expanded = fill(dataclasses.replace(topology, pairs=None))
     return select(topology, grad_values(expanded, x, dy, layout=layout, precision=precision))
@@ -161,7 +161,7 @@ def _forward(matrix: RowGrouped, x, bias, activation, precision, config: Config)
 
         return load_columns, multiply
 
-    operands = matrix.values, words(topology.pairs), topology.columns, x
+    operands = matrix.values, wide_pairs(topology.pairs), topology.columns, x
     return _product.forward(
         walk, topology, operands, bias, n, dtype=x.dtype, activation=activation, config=config, name="two_four_matmul"
     )
@@ -177,7 +177,7 @@ def _expanded(matrix: RowGrouped) -> RowGrouped:
     kernel = functools.partial(_expand_kernel, block=c.block_rows, k=topology.k)
     shapes = jax.ShapeDtypeStruct((slots, v), matrix.dtype), jax.ShapeDtypeStruct((slots,), jnp.int32)
     grid = (pl.cdiv(slots // WORD, c.block_rows),)
-    args = matrix.values, words(topology.pairs), topology.columns
+    args = matrix.values, wide_pairs(topology.pairs), topology.columns
     values, columns = call(kernel, shapes, grid, c, *args, name="two_four_expand")
     return RowGrouped(values, dataclasses.replace(topology, columns=columns, pairs=None))
 

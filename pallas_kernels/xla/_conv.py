@@ -2,7 +2,7 @@
 
 A tap of a channel is a window of the image: what it meets at all output positions is one block of pixels. So a slot's
 row of the implicit matrix is one such block, gathered where a product needs it, a few row groups at a time as
-`pallas_kernels.xla` does; the whole matrix (im2col) never exists. With strides the image is split first into one
+`_matmul` does; the whole matrix (im2col) never exists. With strides the image is split first into one
 image for each remainder of the pixel's place, so that a block is contiguous whatever the stride.
 """
 
@@ -77,7 +77,7 @@ def dense(weight: jax.Array, x: jax.Array, window: Window, precision: lax.Precis
 
 
 def _tokens(x: jax.Array, window: Window) -> int:
-    return window.positions * x.shape[-1]
+    return window.output_pixels * x.shape[-1]
 
 
 def _gather(x: jax.Array, window: Window) -> xla.Gather:

@@ -1,7 +1,7 @@
 """Row-grouped products in plain XLA, in the forms that are fastest on a CPU.
 
 A group's product gathers the activations it reads, (slots, N), and multiplies them by its values. Groups whose
-segments have the same length form a bucket, one batched product. Values of an unprepared matrix are (slots, V);
+segments have the same length form a run, one batched product. Values of an unprepared matrix are (slots, V);
 `prepare` stores them (V, slots), which saves the product the transposition of its weights.
 """
 
@@ -19,7 +19,7 @@ from pallas_kernels._activations import ACTIVATIONS
 from pallas_kernels._matrix import (
     RowGrouped,
     Topology,
-    row_positions,
+    inverse_rows,
     slot_groups,
     slot_index,
     slot_is_real,
@@ -29,9 +29,9 @@ from pallas_kernels._matrix import (
 
 # Lengths that `prepare` pads segments to. XLA runs the products of a batch in parallel since JAX 0.11. Before that only
 # several independent products use all cores where single ones are small, so there may be more of them.
-MAX_BUCKETS = 8 if jax.__version_info__ >= (0, 11) else 16
-# What one more bucket costs a call, in slots of padding.
-BUCKET_SLOTS = 32
+MAX_RUNS = 8 if jax.__version_info__ >= (0, 11) else 16
+# What one more run costs a call, in slots of padding.
+RUN_SLOTS = 32
 # Gathered activations of one product, in bytes.
 GATHER_BYTES = 8 << 20
 MAX_PRODUCTS = 64
@@ -51,7 +51,7 @@ Gather = Callable[[jax.Array, bool], jax.Array]
     jax.tree_util.register_dataclass, data_fields=["values", "columns", "rows"], meta_fields=["sentinels"]
 )
 @dataclasses.dataclass(frozen=True)
-class _Bucket:
+class _Run:
     """Groups with the same number of slots."""
 
     values: jax.Array | None  # (groups, V, slots) where K-contiguous, else (groups, slots, V)
@@ -89,12 +89,12 @@ def gathered_product(matrix: RowGrouped, gather: Gather, n: int, precision: lax.
     loop = _is_large(topology, n, token_bytes)
     spec = "gvc,gcn->gvn" if topology.k_contiguous else "gcv,gcn->gvn"
 
-    def product(bucket):
-        y = _einsum(spec, bucket.values, gather(bucket.columns, bucket.sentinels), precision)
+    def product(run):
+        y = _einsum(spec, run.values, gather(run.columns, run.sentinels), precision)
         return y.reshape(y.shape[0] * y.shape[1], y.shape[2])
 
-    stored = jnp.concatenate(_by_products(product, _buckets(matrix.values, topology), token_bytes, loop=loop))
-    return _permute_rows(stored, row_positions(topology), loop=loop)
+    stored = jnp.concatenate(_by_products(product, _runs(matrix.values, topology), token_bytes, loop=loop))
+    return _permute_rows(stored, inverse_rows(topology), loop=loop)
 
 
 def _token_major(matrix: RowGrouped, x: jax.Array, precision: lax.PrecisionLike) -> jax.Array:
@@ -102,18 +102,18 @@ def _token_major(matrix: RowGrouped, x: jax.Array, precision: lax.PrecisionLike)
     topology = matrix.topology
     spec = "gnc,gvc->gnv" if topology.k_contiguous else "gnc,gcv->gnv"
 
-    def product(bucket):
+    def product(run):
         def gather(x, columns):
-            return jnp.stack([_columns_of(x, group, bucket.sentinels) for group in columns])
+            return jnp.stack([_columns_of(x, group, run.sentinels) for group in columns])
 
-        y = _einsum(spec, _apart(gather, topology, x, bucket.columns), bucket.values, precision)
+        y = _einsum(spec, _apart(gather, topology, x, run.columns), run.values, precision)
         return y.swapaxes(0, 1).reshape(x.shape[0], -1)
 
     token_bytes = x.dtype.itemsize * x.shape[0]
-    parts = _by_products(product, _buckets(matrix.values, topology), token_bytes)
+    parts = _by_products(product, _runs(matrix.values, topology), token_bytes)
     # The permutation would look every element up in one part after another.
     stored = _apart(lambda *parts: jnp.concatenate(parts, axis=1), topology, *parts) if len(parts) > 1 else parts[0]
-    return _columns_of(stored, row_positions(topology), sentinels=False)
+    return _columns_of(stored, inverse_rows(topology), sentinels=False)
 
 
 def _apart(function: Callable[..., jax.Array], topology: Topology, *arrays: jax.Array) -> jax.Array:
@@ -136,23 +136,23 @@ def _is_large(topology: Topology, n: int, token_bytes: int) -> bool:
 
 
 def _by_products(
-    product: Callable[[_Bucket], jax.Array],
-    buckets: Iterable[_Bucket],
+    product: Callable[[_Run], jax.Array],
+    runs: Iterable[_Run],
     token_bytes: int,
     *,
     loop: bool = False,
 ) -> list[jax.Array]:
     """Runs `product` over all groups, some at a time.
 
-    A loop reuses its buffers, and what it returns for one bucket is one array.
+    A loop reuses its buffers, and what it returns for one run is one array.
     """
     parts = []
-    for bucket in buckets:
-        groups, count = bucket.columns.shape
+    for run in runs:
+        groups, count = run.columns.shape
         limit = LOOP_GATHER_BYTES if loop else GATHER_BYTES
         most = min(max(limit // max(count * token_bytes, 1), -(-groups // MAX_PRODUCTS), 1), groups)
         step = next(step for step in range(most, 0, -1) if groups % step == 0)
-        chunks = jax.tree.map(lambda a, step=step: a.reshape(a.shape[0] // step, step, *a.shape[1:]), bucket)
+        chunks = jax.tree.map(lambda a, step=step: a.reshape(a.shape[0] // step, step, *a.shape[1:]), run)
         if loop:
             part = lax.map(product, chunks)
             parts.append(part.reshape(part.shape[0] * part.shape[1], *part.shape[2:]))
@@ -161,9 +161,9 @@ def _by_products(
     return parts
 
 
-def _permute_rows(stored: jax.Array, positions: jax.Array, *, loop: bool) -> jax.Array:
-    """Rows of `stored` in the order of `positions`."""
-    moved = _rows_of(_store(stored) if loop else stored, positions, sentinels=False)
+def _permute_rows(stored: jax.Array, order: jax.Array, *, loop: bool) -> jax.Array:
+    """Rows of `stored` in the given order."""
+    moved = _rows_of(_store(stored) if loop else stored, order, sentinels=False)
     return _store(moved) if loop else moved
 
 
@@ -197,17 +197,17 @@ def gathered_gradient(
     topology: Topology, gather: Gather, dy: jax.Array, precision: lax.PrecisionLike, *, loop: bool = False
 ) -> jax.Array:
     """The gradient of the values of `gathered_product`; dy is (M, N), of the dtype that `gather` makes."""
-    v, known = topology.group_size, topology.segments is not None
+    v, known = topology.group_size, topology.known_segments is not None
     spec = "gcn,gvn->gvc" if topology.k_contiguous else "gcn,gvn->gcv"
 
-    def product(bucket):
-        gathered = gather(bucket.columns, bucket.sentinels)
-        gradient = _einsum(spec, gathered, _rows_of(dy, bucket.rows), precision)
+    def product(run):
+        gathered = gather(run.columns, run.sentinels)
+        gradient = _einsum(spec, gathered, _rows_of(dy, run.rows), precision)
         return gradient.reshape(-1, v) if known else gradient
 
     token_bytes = dy.dtype.itemsize * dy.shape[1]
     loop = loop or _is_large(topology, dy.shape[1], token_bytes)
-    gradient = jnp.concatenate(_by_products(product, _buckets(None, topology), token_bytes, loop=loop))
+    gradient = jnp.concatenate(_by_products(product, _runs(None, topology), token_bytes, loop=loop))
     group = slot_groups(topology)
     if not known:
         offset = jnp.arange(topology.num_slots) - topology.group_ptr[group]
@@ -252,7 +252,7 @@ def grad_input(matrix: RowGrouped, dy: jax.Array, *, layout: str, precision: lax
 def prepare(matrix: RowGrouped) -> RowGrouped:
     """Sorts the groups, heaviest first, pads their segments to a few lengths known when tracing, and transposes them.
 
-    `buckets` are common to all slices of a stacked matrix: the r-th heaviest groups of all slices get the same length.
+    `runs` are common to all slices of a stacked matrix: the r-th heaviest groups of all slices get the same length.
     """
     topology = matrix.topology
     v, k, r = topology.group_size, topology.k, topology.num_groups
@@ -262,16 +262,16 @@ def prepare(matrix: RowGrouped) -> RowGrouped:
     counts = np.diff(ptr)
     order = np.argsort(-counts, axis=-1, kind="stable")
     counts = np.take_along_axis(counts, order, -1)
-    buckets = _choose_buckets(counts.reshape(-1, r).max(0))
-    lengths = np.repeat([slots for _, slots in buckets], [groups for groups, _ in buckets])
+    runs = _choose_runs(counts.reshape(-1, r).max(0))
+    lengths = np.repeat([slots for _, slots in runs], [groups for groups, _ in runs])
     new_ptr = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
     new_columns = np.full((*batch, new_ptr[-1]), k, np.int32)
     new_values = np.zeros((*batch, new_ptr[-1], v), values.dtype)
     new_rows = np.zeros_like(rows)
-    positions = np.zeros((*batch, topology.m + 1), np.int32)
+    inverse_rows = np.zeros((*batch, topology.m + 1), np.int32)
     for b in np.ndindex(*batch):
         new_rows[b] = rows[b].reshape(r, v)[order[b]].reshape(-1)
-        positions[b][new_rows[b]] = np.arange(r * v)
+        inverse_rows[b][new_rows[b]] = np.arange(r * v)
         live = new_rows[b].reshape(r, v) < topology.m
         for i, group in enumerate(order[b]):
             old = slice(ptr[b][group], ptr[b][group + 1])
@@ -285,49 +285,49 @@ def prepare(matrix: RowGrouped) -> RowGrouped:
         group_ptr=jnp.asarray(np.broadcast_to(new_ptr, (*batch, r + 1))),
         rows=jnp.asarray(new_rows),
         counts=jnp.asarray(counts.astype(np.int32)),
-        positions=jnp.asarray(positions[..., : topology.m]),
+        inverse_rows=jnp.asarray(inverse_rows[..., : topology.m]),
         max_count=int(lengths.max(initial=0)),
-        buckets=buckets,
+        segments=runs,
         k_contiguous=True,
         sentinels=bool((new_columns == k).any()),
     )
     return RowGrouped(jnp.asarray(new_values), new)
 
 
-def _choose_buckets(counts: np.ndarray) -> tuple[tuple[int, int], ...]:
-    """Cuts descending counts into runs: least padding plus `BUCKET_SLOTS` a run, at most `MAX_BUCKETS` runs."""
+def _choose_runs(counts: np.ndarray) -> tuple[tuple[int, int], ...]:
+    """Cuts descending counts into runs: least padding plus `RUN_SLOTS` a run, at most `MAX_RUNS` runs."""
     lengths, groups = np.unique(-counts, return_counts=True)
     runs = [(int(g), int(-s)) for g, s in zip(groups, lengths, strict=True)]
     while len(runs) > 1:
         # Joining a run with the next one pads the next one's groups.
         costs = [after[0] * (run[1] - after[1]) for run, after in itertools.pairwise(runs)]
         i = int(np.argmin(costs))
-        if costs[i] > BUCKET_SLOTS and len(runs) <= MAX_BUCKETS:
+        if costs[i] > RUN_SLOTS and len(runs) <= MAX_RUNS:
             break
         runs[i : i + 2] = [(runs[i][0] + runs[i + 1][0], runs[i][1])]
     return tuple(runs)
 
 
-def _buckets(values: jax.Array | None, topology: Topology) -> Iterator[_Bucket]:
-    """The groups by segment length; ragged counts unknown when tracing are one bucket, padded to the largest group."""
+def _runs(values: jax.Array | None, topology: Topology) -> Iterator[_Run]:
+    """The groups by segment length; ragged counts unknown when tracing are one run, padded to the largest group."""
     v, ptr = topology.group_size, topology.group_ptr
     rows = topology.rows.reshape(-1, v)
-    if topology.segments is None:
+    if topology.known_segments is None:
         end = ptr[1:] if topology.counts is None else ptr[:-1] + topology.counts
         slots = ptr[:-1, None] + jnp.arange(topology.max_count)
         slots = jnp.where(slots < end[:, None], slots, topology.num_slots)
         columns = topology.columns.at[slots].get(mode="fill", fill_value=topology.k)
-        yield _Bucket(None if values is None else _rows_of(values, slots), columns, rows, True)
+        yield _Run(None if values is None else _rows_of(values, slots), columns, rows, True)
         return
     group = slot = 0
-    for groups, count in topology.segments:
+    for groups, count in topology.known_segments:
         end, last = slot + groups * count, group + groups
         columns = topology.columns[slot:end].reshape(groups, count)
         if topology.counts is not None and not topology.k_contiguous:
             columns = jnp.where(jnp.arange(count) < topology.counts[group:last, None], columns, topology.k)
         shape = (groups, v, count) if topology.k_contiguous else (groups, count, v)
         segment = None if values is None else values[slot:end].reshape(shape)
-        yield _Bucket(segment, columns, rows[group:last], topology.sentinels)
+        yield _Run(segment, columns, rows[group:last], topology.sentinels)
         group, slot = last, end
 
 
@@ -336,7 +336,7 @@ def _arrange(slots: jax.Array, topology: Topology) -> jax.Array:
     if not topology.k_contiguous:
         return slots
     v, start, parts = topology.group_size, 0, []
-    for groups, count in topology.segments or ():
+    for groups, count in topology.known_segments or ():
         part = slots[start : start + groups * count].reshape(groups, count, v)
         parts.append(part.swapaxes(1, 2).reshape(-1, v))
         start += groups * count

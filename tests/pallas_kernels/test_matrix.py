@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import pallas_kernels as pk
-from pallas_kernels._matrix import row_positions, slot_groups, slot_is_real
+from pallas_kernels._matrix import inverse_rows, slot_groups, slot_is_real
 
 to_dense = jax.jit(pk.to_dense)
 
@@ -67,7 +67,7 @@ def test_to_dense_on_the_device_keeps_every_bit(case):
         lengths = np.diff(form.topology.group_ptr)
         np.testing.assert_array_equal(slot_groups(form.topology), np.repeat(np.arange(len(lengths)), lengths))
     np.testing.assert_array_equal(np.asarray(slot_groups(matrix.topology)), np.nonzero(case[2])[0])
-    positions = np.asarray(row_positions(matrix.topology))
+    positions = np.asarray(inverse_rows(matrix.topology))
     np.testing.assert_array_equal(case[1][positions], np.arange(len(case[0])))
 
 
@@ -85,12 +85,12 @@ def test_equal_counts_show_in_the_shapes():
     kept = np.zeros((2, 2, 6), bool)
     kept[0, :, :3] = kept[1, 0, :3] = True
     ragged = pk.from_dense(weight, rows, kept)  # slice 0 fills every slot, slice 1 does not
-    assert ragged.topology.segments is None
+    assert ragged.topology.known_segments is None
     for b in range(2):
         one = jax.tree.map(lambda a, b=b: a[b], ragged)
         np.testing.assert_array_equal(to_dense(one), kept[b][np.arange(4) // 2])
     kept[1, 1, 3:] = True
-    assert pk.from_dense(weight, rows, kept).topology.segments == ((2, 3),)
+    assert pk.from_dense(weight, rows, kept).topology.known_segments == ((2, 3),)
     ragged_rows = {"columns": [0, 1, 0, 1], "group_ptr": [0, 2, 4]}, {"columns": [0, 1, 0, 2], "group_ptr": [0, 2, 3]}
     arrays = {name: np.array([a[name] for a in ragged_rows], np.int32) for name in ("columns", "group_ptr")}
     with pytest.raises(ValueError, match="4 slots say that all segments are of length 2"):
@@ -178,4 +178,4 @@ def test_sizes():
     assert matrix.nbytes == 4 * (6 + 3 + 3 + 4)
     assert (matrix.topology.num_groups, matrix.topology.num_slots, matrix.topology.max_count) == (2, 3, 2)
     assert not matrix.topology.equal_counts
-    assert dataclasses.replace(matrix.topology, buckets=((2, 2),)).segments == ((2, 2),)
+    assert dataclasses.replace(matrix.topology, segments=((2, 2),)).known_segments == ((2, 2),)

@@ -147,7 +147,7 @@ def test_round_trips_bit_for_bit(m, k, v, seed, dtype):
 
 @settings(max_examples=30, deadline=None)
 @given(q=st.integers(0, 17), v=st.integers(1, 5), seed=st.integers(0, 2**31))
-def test_positions_pack_four_to_a_byte(q, v, seed):
+def test_pairs_pack_four_to_a_byte(q, v, seed):
     positions = np.random.default_rng(seed).integers(0, 4, (q, v)).astype(np.uint8)
     packed = pairs.pack(positions)
     assert packed.shape == (-(-q // 4), v)

@@ -17,13 +17,13 @@ from pallas_kernels import _window as windows
 from pallas_kernels import tune
 from pallas_kernels._matrix import to_dense
 from pallas_kernels._tables import Problem
+from pallas_kernels.gpu import _layout as layout
 from pallas_kernels.mosaic import _conv as mosaic_gpu_conv
 from pallas_kernels.mosaic import _forward as kernel
 from pallas_kernels.mosaic import _grad as mosaic_gpu_grad
 from pallas_kernels.mosaic import _matmul as mosaic_gpu
 from pallas_kernels.mosaic import _ptx as ptx
 from pallas_kernels.mosaic._support import GROUP_SIZES
-from pallas_kernels.triton import _conv as triton_conv
 from pallas_kernels.triton import _tiles as triton_tiles
 
 Config = kernel.Config
@@ -143,9 +143,9 @@ def test_the_default_takes_it_where_every_multiprocessor_has_a_tile(m, n, taken)
 def test_dvalues_take_it_where_every_multiprocessor_has_a_tile(count, n, m, taken):
     topology = tune.random_matrix(m, 1024, 1 - count / 1024, 128).topology
     x, dy = jnp.zeros((1024, n), jnp.bfloat16), jnp.zeros((m, n), jnp.bfloat16)
-    for layout in ("feature_major", "token_major"):
-        args = (x, dy) if layout == "feature_major" else (x.T, dy.T)
-        text = lower(functools.partial(mosaic_gpu.grad_values, topology, layout=layout, precision=None), *args)
+    for major in ("feature_major", "token_major"):
+        args = (x, dy) if major == "feature_major" else (x.T, dy.T)
+        text = lower(functools.partial(mosaic_gpu.grad_values, topology, layout=major, precision=None), *args)
         assert ("mosaic_gpu" in text) == taken
         assert ("xla.gpu.triton" in text) != taken
     ragged = tune.random_matrix(m, 1024, 0.5, 128, equal=False).topology
@@ -356,14 +356,14 @@ def test_gather_of_a_convolution_meets_the_right_pixels(
 ):
     batch, channels, x, ids, tile = 24, 5, 10**6, 1000, 4096
     window = windows.window((9, 7), channels, size, strides, padding, dilation)
-    tokens, rng = window.positions * batch, np.random.default_rng(0)
+    tokens, rng = window.output_pixels * batch, np.random.default_rng(0)
     columns = rng.integers(0, window.features, 64)
     matrix = tune.random_matrix(64, 64, 0.0, 64)
     topology = dataclasses.replace(
         matrix.topology, columns=jnp.asarray(columns, jnp.int32), k=window.features,
         counts=None if real == 64 else jnp.array([real]),
     )  # fmt: skip
-    words = np.asarray(triton_conv.slot_places(topology, window), np.int64)
+    words = np.asarray(layout.slot_places(topology, window), np.int64)
     if masked := words.ndim == 2:
         words = words[:, 0] | words[:, 1] << 32
     assert masked == (window.is_padded or real < 64)

@@ -146,12 +146,12 @@ def test_prepared_matrices_stand_for_the_same_weights(k, sentinels):
 
 
 @pytest.mark.parametrize(("rows", "first_row", "base"), [(64, 0, 512), (128, 0, 4096), (64, 64, 5120), (256, 0, 2048)])
-def test_positions_come_as_the_tensor_cores_want_them(monkeypatch, rows, first_row, base):
+def test_pairs_come_as_the_tensor_cores_want_them(monkeypatch, rows, first_row, base):
     """The words of a step, as TMA lays them in shared memory, against the layout of the instruction's metadata."""
     rng = np.random.default_rng(0)
     two = np.sort(np.argsort(rng.random((16, first_row + rows, 4)), -1)[..., :2], -1)  # (fours, rows, 2)
     positions = two.transpose(0, 2, 1).reshape(32, -1)
-    words = pairs.words(pairs.pack(positions))
+    words = pairs.wide_pairs(pairs.pack(positions))
     memory = {}
     for c, j in np.ndindex(*words.shape):
         address = base + (j // 64) * 512 + c * 128 + (j % 64) * 2
@@ -171,7 +171,7 @@ def test_positions_come_as_the_tensor_cores_want_them(monkeypatch, rows, first_r
 
     monkeypatch.setattr(ptx, "_emit", load)
     for block in range(rows // 64):
-        registers = sparse._positions(base + (first_row // 64) * 512, block, 0)
+        registers = sparse._register(base + (first_row // 64) * 512, block, 0)
         for row in range(64):
             warp, half, q = row // 16, row // 8 % 2, row % 8
             for four in range(16):

@@ -16,6 +16,7 @@ import pallas_kernels as pk
 from pallas_kernels import tune
 from pallas_kernels._matrix import to_dense
 from pallas_kernels._tables import Problem
+from pallas_kernels.gpu import _layout as layout
 from pallas_kernels.triton import _configs as configs
 from pallas_kernels.triton import _matmul as triton
 from pallas_kernels.triton import _tiles as triton_tiles
@@ -139,7 +140,7 @@ def test_prepare_pads_and_sorts(equal, m, v, sparsity):
     matrix = tune.random_matrix(m, 160, sparsity, v, equal=equal, dtype="float32")
     prepared = pk.prepare(matrix, "triton")
     lengths = np.diff(np.asarray(prepared.topology.group_ptr))
-    assert (lengths % triton.SEGMENT == 0).all()
+    assert (lengths % layout.SEGMENT == 0).all()
     assert (np.diff(lengths) <= 0).all()
     np.testing.assert_array_equal(to_dense(prepared), to_dense(matrix))
     padding = np.ones(prepared.topology.num_slots, bool)
@@ -147,7 +148,7 @@ def test_prepare_pads_and_sorts(equal, m, v, sparsity):
     for begin, count in zip(prepared.topology.group_ptr[:-1], counts, strict=True):
         kept = np.asarray(prepared.topology.columns[begin : begin + count])
         padding[begin : begin + count] = False
-        end = begin + -(-count // triton.SEGMENT) * triton.SEGMENT
+        end = begin + -(-count // layout.SEGMENT) * layout.SEGMENT
         assert set(np.asarray(prepared.topology.columns[begin:end])) == set(kept)  # padding repeats what is read anyway
     assert not np.asarray(prepared.values)[padding].any()
 

@@ -1,0 +1,147 @@
+"""Kernel times of the acceptance cases, this checkout against another one, on one GPU in one run.
+
+    git worktree add ../before REVISION
+    python -m benchmarks.regression ../before
+
+Every case is timed three times in each checkout, in turn, and the medians are compared. Writes
+`results/<device>/regression.json`, and fails where a case takes over 5% longer than before.
+"""
+
+import argparse
+import json
+import os
+import pathlib
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from rich.progress import track
+
+HERE = pathlib.Path(__file__).resolve().parents[1]
+ROUNDS = 3
+WORKERS = 4  # of each checkout: a process compiles its kernels one after another
+MOST = 1.05  # times as long as before
+MEMORY = "0.1"  # of the GPU for each process
+
+
+def cases() -> dict[str, Callable[[], tuple[Callable, tuple]]]:
+    """The cases of the checkout that is imported: name -> (() -> (function, arguments))."""
+    from benchmarks import conv, matmul
+
+    found: dict[str, Callable[[], tuple[Callable, tuple]]] = {}
+    for case in matmul.ACCEPTANCE:
+        found[matmul.key_of(case)] = lambda case=case: (matmul.sparse_function(case, None), matmul.operands(case, None))
+    for layer in conv.RESNET50:
+        for case in (conv.Case("resnet50", layer, 64), conv.Case("resnet50", layer, 64, group_size=32)):
+            found[conv.key_of(case)] = lambda case=case: convolution(case)
+    return found
+
+
+def convolution(case: Any) -> tuple[Callable, tuple]:
+    """A convolution with channels first, and its operands."""
+    import pallas_kernels
+    from pallas_kernels import tune
+
+    window, (m, k, _) = case.layer.window, case.product
+    filters = tune.random_matrix(m, k, case.sparsity, case.group_size, dtype=case.dtype)
+    filters = pallas_kernels.prepare(filters, None, window)
+    x = jax.random.normal(jax.random.key(1), (window.channels, *window.image, case.batch), case.dtype)
+
+    def function(filters, x):
+        return pallas_kernels.conv2d(
+            filters, x, kernel_size=window.kernel, strides=window.strides, padding=window.padding
+        )
+
+    return function, (filters, x)
+
+
+def worker() -> None:
+    """Compiles the cases that it is sent, then times one for every further line."""
+    from pallas_kernels import timing, tune
+
+    known, compiled = cases(), {}
+    for name in json.loads(sys.stdin.readline()):
+        function, arguments = known[name]()
+        compiled[name] = jax.jit(function).lower(*arguments).compile(), tune.copies(arguments)
+        jax.block_until_ready(compiled[name][0](*arguments))
+    print(json.dumps(len(compiled)), flush=True)
+    for line in sys.stdin:
+        print(json.dumps(timing.median_us(*compiled[json.loads(line)])[0]), flush=True)
+
+
+class Worker:
+    """A subprocess that imports a checkout."""
+
+    def __init__(self, checkout: pathlib.Path, names: list[str]):
+        """Starts it on some cases."""
+        environment = os.environ | {"PYTHONPATH": str(checkout), "PYTHONSAFEPATH": "1"}
+        environment["XLA_PYTHON_CLIENT_MEM_FRACTION"] = MEMORY
+        command = [sys.executable, __file__, "--worker"]
+        pipe = subprocess.PIPE
+        self.process = subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, env=environment)
+        self.say(names)
+
+    def say(self, message: Any) -> None:
+        """Sends a line."""
+        assert self.process.stdin is not None
+        print(json.dumps(message), file=self.process.stdin, flush=True)
+
+    def hear(self) -> Any:
+        """Reads a line."""
+        assert self.process.stdout is not None
+        return json.loads(self.process.stdout.readline())
+
+
+def compare(before: pathlib.Path) -> list[dict[str, Any]]:
+    """The records of all cases that both checkouts have."""
+    names = list(cases())
+    shares = [names[i::WORKERS] for i in range(WORKERS)]
+    teams = {label: [Worker(path, share) for share in shares] for label, path in (("before", before), ("after", HERE))}
+    for team in teams.values():
+        for one in team:
+            one.hear()
+    records = []
+    for i, name in enumerate(track(names, description="timing")):
+        times: dict[str, list[float]] = {label: [] for label in teams}
+        for _ in range(ROUNDS):
+            for label, team in teams.items():
+                team[i % WORKERS].say(name)
+                times[label].append(team[i % WORKERS].hear())
+        medians = {label: statistics.median(values) for label, values in times.items()}
+        ratio = medians["after"] / medians["before"]
+        records.append({"op": "regression", "case": name, "before_us": medians["before"], "time_us": medians["after"],
+                        "ratio": ratio, "spread": max(max(v) / min(v) for v in times.values())})  # fmt: skip
+    return records
+
+
+def main() -> int:
+    """Command line; returns its exit status."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("before", type=pathlib.Path, nargs="?", help="another checkout, such as a git worktree")
+    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--out", type=pathlib.Path)
+    options = parser.parse_args()
+    if options.worker:
+        worker()
+        return 0
+    if options.before is None or not (options.before / "benchmarks" / "matmul.py").exists():
+        parser.error("name a checkout of this project to compare with, such as a git worktree")
+    from benchmarks.records import RESULTS, write
+    from pallas_kernels import tune
+
+    records = compare(options.before.resolve())
+    device = tune.triton_device().lower().replace(" ", "-")
+    write(options.out or RESULTS / device / "regression.json", records)
+    for record in records:
+        print(f"{record['case']}: {record['before_us']:.1f} -> {record['time_us']:.1f} us ({record['ratio']:.3f})")
+    slower = [record["case"] for record in records if record["ratio"] > MOST]
+    print(f"{len(records)} cases, geometric mean {statistics.geometric_mean(r['ratio'] for r in records):.3f}; "
+          f"over {MOST}: {', '.join(slower) or 'none'}")  # fmt: skip
+    return bool(slower)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
