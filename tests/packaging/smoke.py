@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import importlib.util
+import os
 import subprocess
 import sysconfig
 from pathlib import Path
@@ -82,7 +83,8 @@ def check_commands() -> None:
     for name in ("report", *commands):
         assert name in text
         assert name in subprocess.check_output([shfl, name, "--help"], text=True)
-    assert "hidden/kernel" in subprocess.check_output([shfl, "report", "checkpoint"], text=True)
+    wide = os.environ | {"COLUMNS": "200"}  # so that no path in the table is folded
+    assert "hidden/kernel" in subprocess.check_output([shfl, "report", "checkpoint"], text=True, env=wide)
 
 
 if __name__ == "__main__":

@@ -41,7 +41,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         temporary = Path(folder)
         # The wheel comes from the source distribution: what an earlier build left in `build/` cannot get into it.
-        run(sys.executable, "-m", "build", "--outdir", temporary / "dist", ROOT)
+        run(sys.executable, "-m", "build", "--quiet", "--outdir", temporary / "dist", ROOT)
         (wheel,) = (temporary / "dist").glob("*.whl")
         check_files(wheel)
 
