@@ -50,7 +50,7 @@ def forward(matrix, x, bias, *, activation, layout, precision, addend=None, conf
         config: a `_forward.Config`; None takes the `tuned` one.
 
     Raises:
-        NotImplementedError: the kernel does not support the matrix, the number of tokens, the GPU or the version of JAX.
+        NotImplementedError: the kernel does not support the matrix, the tokens, the GPU or the version of JAX.
     """
     del precision
     hopper.check(matrix.topology, x.dtype)
