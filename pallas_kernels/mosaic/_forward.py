@@ -7,7 +7,7 @@ slots through a ring of stages in shared memory. docs/kernels.md draws the pipel
 import dataclasses
 import functools
 import heapq
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -190,17 +190,23 @@ def product(
             plgpu.Barrier(num_barriers=c.stages, num_arrivals=2),
             [plgpu.SMEM((c.stages, c.block_k // WORD, v), jnp.uint16, transforms=_tiled(v, 4))] if packed else [],
         ),
-        grid=(programs,),
-        grid_names=("program",),
-        num_threads=WARPGROUPS,
-        thread_name="warpgroup",
-        compiler_params=plgpu.CompilerParams(
-            approx_math=True,
-            unsafe_no_auto_barriers=True,
-            lowering_semantics=plgpu.LoweringSemantics.Lane,
-        ),
+        **launch(programs),
     )
     return call(values, columns, rows, x, *optional.values())
+
+
+def launch(programs: int) -> dict[str, Any]:
+    """How a kernel of this package is launched: `WARPGROUPS` to a program, barriers and registers in its own hands."""
+    parameters = plgpu.CompilerParams(
+        approx_math=True, unsafe_no_auto_barriers=True, lowering_semantics=plgpu.LoweringSemantics.Lane
+    )
+    return {
+        "grid": (programs,),
+        "grid_names": ("program",),
+        "num_threads": WARPGROUPS,
+        "thread_name": "warpgroup",
+        "compiler_params": parameters,
+    }
 
 
 def _tiled(width: int, rows: int = 8):
@@ -255,8 +261,8 @@ def _body(
         row_layout = plgpu.Layout.WGMMA.reduce(1)
         wait = _inline(functools.partial(ptx.wait, stages=c.stages), plain, splat)
         registers, shape = plgpu.Layout._WGMMA_ACC_32BIT, (height, wide)
-        running = plgpu.ShapeDtypeStruct(shape, jnp.float32, layout=registers)
-        finished = plgpu.ShapeDtypeStruct(shape, jnp.float32, layout=plgpu.Layout.WGMMA)
+        running = plgpu.ShapeDtypeStruct(shape, jnp.dtype(jnp.float32), layout=registers)
+        finished = plgpu.ShapeDtypeStruct(shape, jnp.dtype(jnp.float32), layout=plgpu.Layout.WGMMA)
         zeros = _inline(functools.partial(sparse.zeros, shape=shape, layout=registers), result=running)
         refs = (plgpu.RefType(transforms) for transforms in (_tiled(v), _tiled(v, 4), _tiled(c.block_tokens)))
         issue = _inline(sparse.multiply, registers, *refs, result=running)
