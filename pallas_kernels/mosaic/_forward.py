@@ -172,13 +172,15 @@ def product(
     optional = {"work": work, "bias": bias, "addend": addend, "pairs": pairs}
     optional = {name: a for name, a in optional.items() if a is not None}
 
-    def row_grouped_matmul(*refs):  # the kernel's name in profiles
+    def body(*refs):
         _body(*refs, config=c, v=v, m=m, n=n, tiles=tiles, programs=programs, deal=deal, given=tuple(optional),
               sentinels=sentinels, id_words=id_words, window=window, activation=activation)  # fmt: skip
 
+    # The kernel's name in profiles.
+    body.__name__ = "two_four_matmul" if packed else "row_grouped_matmul" if window is None else "row_grouped_conv"
     ring = c.stages + c.ahead
     call = plgpu.kernel(
-        row_grouped_matmul,
+        body,
         out_type=jax.ShapeDtypeStruct((m, n), x.dtype),
         scratch_types=(
             plgpu.SMEM((c.stages, c.block_k // 2 if packed else c.block_k, v), x.dtype, transforms=_tiled(v)),
