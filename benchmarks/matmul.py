@@ -26,7 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import pallas_kernels
-from benchmarks import two_four, workers
+from benchmarks import packed, workers
 from benchmarks.records import RESULTS, write
 from pallas_kernels import _tables as tables
 from pallas_kernels import timing, tune
@@ -152,7 +152,7 @@ class Torch:
 def operands(case: Case, implementation: str) -> tuple:
     """The prepared matrix, the activations in the case's layout, the output's gradient and the bias of a case."""
     if case.packed:
-        matrix = two_four.random_matrix(case)
+        matrix = packed.random_matrix(case.packed, case.m, case.k, case.sparsity, case.group_size, case.dtype)
     else:
         equal = case.counts == "equal"
         matrix = tune.random_matrix(case.m, case.k, case.sparsity, case.group_size, equal=equal, dtype=case.dtype)
