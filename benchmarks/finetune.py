@@ -1,8 +1,8 @@
 """Fine-tuning compressed values against training the dense model, a step each: `python -m benchmarks.finetune`.
 
-One Transformer, once with dense parameters and once with compressed ones (`training.finetune`), both by AdamW with
-float32 parameters and moments and bfloat16 products. What is written are wall-clock times of a step, measured in turns,
-the kernel times of a step by CUPTI, and the bytes of the pruned layers' parameters and moments.
+One Transformer, once with dense parameters and once with compressed ones, both by AdamW with float32 parameters and
+moments and bfloat16 products. What is written are wall-clock times of a step, measured in turns, the kernel times of a
+step by CUPTI, and the bytes of the pruned layers' parameters and moments.
 """
 
 import dataclasses

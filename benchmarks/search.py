@@ -1,6 +1,6 @@
 """What the row-permutation search keeps of a pretrained model and of synthetic weights: `python -m benchmarks.search`.
 
-Compares the rows in order (VW), the published K-means, the annealing of `shfl_jax.annealing` and the upper bound
+Compares the rows in order (VW), the published K-means, annealing (the default) and the upper bound
 (unstructured) on all 36 encoder matrices of all-MiniLM-L6-v2 and on random ones, and TVW, Shfl-BW and Shfl-TVW at a
 total sparsity of 75%. Weights are ranked by magnitude; every pattern keeps its default counts, which differ between
 groups ("ragged"). It appends to benchmarks/results/<device>/search.json, skips cases that are there, and can be stopped

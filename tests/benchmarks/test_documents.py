@@ -25,7 +25,8 @@ def test_the_fastest_record_of_each_kind(results):
     records = [{**r, "time_us": r["t"]} for r in records]
     (results / "cpu" / "x.json").write_text(json.dumps({"records": records}))
     assert documents.table(spec, results).splitlines()[2:] == ["| fast |", "| other |"]
-    spec |= {"where": {"kind": 1}, "beside": "op", "columns": {"best": "{op}", "slow": "{slow[t]}", "fast": "{fast[t]}"}}
+    columns = {"best": "{op}", "slow": "{slow[t]}", "fast": "{fast[t]}"}
+    spec |= {"where": {"kind": 1}, "beside": "op", "columns": columns}
     assert documents.table(spec, results).splitlines()[2:] == ["| fast | 2 | 1 |"]
 
 
