@@ -3,7 +3,7 @@
     git worktree add ../before REVISION
     python -m benchmarks.regression ../before
 
-Every case is timed three times in each checkout, in turn, and the medians are compared. Writes
+Every case is timed in three processes of each checkout, in turn, and the medians are compared. Writes
 `results/<device>/regression.json`, and fails where a case takes over 5% longer than before.
 """
 
@@ -11,6 +11,7 @@ import argparse
 import json
 import os
 import pathlib
+import re
 import statistics
 import subprocess
 import sys
@@ -95,25 +96,29 @@ class Worker:
         return json.loads(self.process.stdout.readline())
 
 
-def compare(before: pathlib.Path) -> list[dict[str, Any]]:
-    """The records of all cases that both checkouts have."""
-    names = list(cases())
+def compare(before: pathlib.Path, only: str) -> list[dict[str, Any]]:
+    """The records of the cases whose names match a regular expression."""
+    names = [name for name in cases() if re.search(only, name)]
     shares = [names[i::WORKERS] for i in range(WORKERS)]
-    teams = {label: [Worker(path, share) for share in shares] for label, path in (("before", before), ("after", HERE))}
-    for team in teams.values():
-        for one in team:
+    checkouts = {"before": before, "after": HERE}
+    times: dict[str, dict[str, list[float]]] = {name: {label: [] for label in checkouts} for name in names}
+    for number in range(ROUNDS):
+        # Where a process has its arrays in memory changes some times by several percent, so every round has new ones.
+        teams = {label: [Worker(path, share) for share in shares] for label, path in checkouts.items()}
+        for one in (one for team in teams.values() for one in team):
             one.hear()
-    records = []
-    for i, name in enumerate(track(names, description="timing")):
-        times: dict[str, list[float]] = {label: [] for label in teams}
-        for _ in range(ROUNDS):
+        for i, name in enumerate(track(names, description=f"round {number + 1} of {ROUNDS}")):
             for label, team in teams.items():
                 team[i % WORKERS].say(name)
-                times[label].append(team[i % WORKERS].hear())
-        medians = {label: statistics.median(values) for label, values in times.items()}
-        ratio = medians["after"] / medians["before"]
-        records.append({"op": "regression", "case": name, "before_us": medians["before"], "time_us": medians["after"],
-                        "ratio": ratio, "spread": max(max(v) / min(v) for v in times.values())})  # fmt: skip
+                times[name][label].append(team[i % WORKERS].hear())
+        for one in (one for team in teams.values() for one in team):
+            one.process.kill()
+    records = []
+    for name, found in times.items():
+        old, new = (statistics.median(found[label]) for label in checkouts)
+        spread = max(max(values) / min(values) for values in found.values())
+        records.append({"op": "regression", "case": name, "before_us": old, "time_us": new, "ratio": new / old,
+                        "spread": spread})  # fmt: skip
     return records
 
 
@@ -121,6 +126,7 @@ def main() -> int:
     """Command line; returns its exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("before", type=pathlib.Path, nargs="?", help="another checkout, such as a git worktree")
+    parser.add_argument("--only", default="", metavar="REGEX", help="cases whose names match")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--out", type=pathlib.Path)
     options = parser.parse_args()
@@ -132,7 +138,7 @@ def main() -> int:
     from benchmarks.records import RESULTS, write
     from pallas_kernels import tune
 
-    records = compare(options.before.resolve())
+    records = compare(options.before.resolve(), options.only)
     device = tune.triton_device().lower().replace(" ", "-")
     write(options.out or RESULTS / device / "regression.json", records)
     for record in records:

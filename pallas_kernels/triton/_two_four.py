@@ -37,6 +37,7 @@ MOST_TOKENS = 128
 """Beyond it the expanded matrix is faster."""
 WORD = 16
 """Slots whose pairs a word holds."""
+SHORTEST = 16  # what the matrix unit contracts at least of two-byte numbers: shorter products come out wrong
 EXPAND = Config(block_rows=16, num_warps=4, num_stages=1)
 # Two rows to a register. A bit of a word's half is shifted to the sign of that half, which prmt spreads over the half.
 MASK = "shl.b32 $0, $1, {0}; prmt.b32 $0, $0, $0, 0xBB99;"
@@ -62,7 +63,7 @@ def forward_two_four(matrix, x, bias, *, activation, layout, precision, config=N
         config: None uses the heuristic up to `MOST_TOKENS` tokens, and beyond it the expanded matrix.
 
     Raises:
-        NotImplementedError: a group size or dtype not supported by the kernels.
+        NotImplementedError: a group size, dtype or config not supported by the kernels.
     """
     topology = matrix.topology
     check(topology, x.dtype)
@@ -71,6 +72,8 @@ def forward_two_four(matrix, x, bias, *, activation, layout, precision, config=N
         return forward_expanded(matrix, x, bias, activation=activation, layout=layout, precision=precision)
     x = pad_tokens(x.T if layout == "token_major" else x)
     config = heuristic(topology, n, x.dtype) if config is None else config
+    if x.dtype.itemsize == 2 and config.block_k < SHORTEST * WORD:
+        raise NotImplementedError(f"the packed kernel takes steps of {SHORTEST * WORD} slots or more, got {config}")
     y = _forward(matrix, x, bias, activation, precision, config)[:, :n]
     return y.T if layout == "token_major" else y
 

@@ -232,7 +232,7 @@ def test_xla_takes_a_group_without_columns_as_triton_prepared_it():
     case, rng = Case((3, 3), channels=4, m=32, image=(5, 6)), np.random.default_rng(8)
     matrix, dense = make(case)
     prepared = pk.prepare(matrix, "triton")
-    assert prepared.topology.runs[-1] == (1, 0)
+    assert prepared.topology.segments[-1] == (1, 0)
     x, bias = images(case, rng), jnp.zeros(32)
     y = pk.conv2d(prepared, x, bias=bias, implementation="xla", **case.options)
     np.testing.assert_allclose(y, reference(case, dense, x, bias), rtol=1e-4, atol=1e-5)

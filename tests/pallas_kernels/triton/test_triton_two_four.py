@@ -1,5 +1,6 @@
 """The packed Triton kernels: small products interpreted on the CPU, and every config lowered for CUDA."""
 
+import dataclasses
 import functools
 
 import jax
@@ -16,11 +17,7 @@ from pallas_kernels.triton import _two_four as triton_two_four
 H200 = jax.sharding.AbstractMesh((), (), abstract_device=jax.sharding.AbstractDevice("NVIDIA H200", 132, "gpu"))
 # Pallas announces the end of its Triton backend at every lowering: the one warning that may pass.
 pytestmark = pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated")
-CONFIGS = [
-    None,
-    configs.Config(16, 16, 64, split=2),
-    configs.Config(16, 16, 32, prefetch=True, flip=True),
-]
+CONFIGS = [None, configs.Config(16, 16, 64, split=2), configs.Config(16, 16, 32, prefetch=True, flip=True)]
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=["heuristic", "split", "flip"])
@@ -29,6 +26,8 @@ CONFIGS = [
     [("shfl_tvw", 32, 5, "float32"), ("tvw", 40, 1, "float32"), ("tvw", 40, 8, "bfloat16")],
 )
 def test_the_packed_kernel(pattern, m, n, dtype, config):
+    if config is not None and dtype == "bfloat16":
+        config = dataclasses.replace(config, block_k=256)
     matrix = pk.prepare(random_matrix(pattern, m, 64, 0.75, 16, dtype), "triton")
     x, bias = jax.random.normal(jax.random.key(1), (64, n), dtype), jnp.linspace(-1, 1, m, dtype=dtype)
     y = triton.forward_two_four(
@@ -40,6 +39,15 @@ def test_the_packed_kernel(pattern, m, n, dtype, config):
     assert y.dtype == dtype
     tolerance = 1e-5 if dtype == "float32" else 2e-2
     np.testing.assert_allclose(np.asarray(y, np.float64), np.maximum(want, 0), rtol=tolerance, atol=tolerance)
+
+
+def test_steps_too_short_for_the_matrix_unit_are_refused():
+    matrix = pk.prepare(random_matrix("tvw", 40, 64, 0.75, 16, "bfloat16"), "triton")
+    x = jnp.ones((64, 8), jnp.bfloat16)
+    with pytest.raises(NotImplementedError, match="steps of 256 slots or more"):
+        triton.forward_two_four(
+            matrix, x, None, activation=None, layout="feature_major", precision=None, config=CONFIGS[1]
+        )
 
 
 def test_the_expanded_matrix_and_gradients():
