@@ -148,7 +148,7 @@ class Torch:
             self.worker.close()
 
 
-def operands(case: Case, implementation: str) -> tuple:
+def operands(case: Case, implementation: str | None) -> tuple:
     """The prepared matrix, the activations in the case's layout, the output's gradient and the bias of a case."""
     if case.packed:
         matrix = packed.random_matrix(case.packed, case.m, case.k, case.sparsity, case.group_size, case.dtype)
@@ -165,7 +165,7 @@ def operands(case: Case, implementation: str) -> tuple:
     return matrix, x, dy if case.backward else None, jax.random.normal(keys[2], (case.m,), case.dtype)
 
 
-def sparse_function(case: Case, implementation: str) -> Callable:
+def sparse_function(case: Case, implementation: str | None) -> Callable:
     """Our product, or forward and both gradients, as a function of `operands`."""
 
     def forward(matrix, x, dy, bias):
