@@ -62,9 +62,9 @@ def summary(records: Sequence[Record]) -> list[Record]:
                 # Of the first seed, whose masked model stands beside it.
                 "masked_text": f"{100 * values[0]:.2f}" if compressed else "",
                 "compressed_text": f"{100 * compressed[0]:.2f}" if compressed else "",
+                "also": _also(group),
+                **{f"mean_{name}": float(np.mean([r[name] for r in group])) for name in NUMBERS if name in first},
             }
-            | {"also": _also(group)}
-            | {f"mean_{name}": float(np.mean([r[name] for r in group])) for name in NUMBERS if name in first}
         )
     return means
 

@@ -70,14 +70,7 @@ class Preset:
     def optimizer(self) -> optax.GradientTransformation:
         """AdamW: warm-up, a constant rate, and from the middle of the pruning window a linear decay to zero."""
         decay = self.dense_steps + self.window[1] // 2
-        rate = optax.join_schedules(
-            [
-                optax.linear_schedule(0, self.learning_rate, self.dense_steps // 20 + 1),
-                optax.linear_schedule(self.learning_rate, 0, self.steps - decay),
-            ],
-            [decay],
-        )
-        return optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(rate, b2=0.98, weight_decay=0.05))
+        return loop.adamw(self.learning_rate, self.dense_steps // 20 + 1, decay, self.steps, b2=0.98, weight_decay=0.05)
 
 
 def _equal(sparsity: float, v: int) -> tuple[tuple[str, Pattern], ...]:

@@ -3,13 +3,14 @@
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from jax.typing import DTypeLike
 
 
 class Attention(nn.Module):
     """Causal multi-head self-attention; query, key and value are layers of their own, so that they are pruned apart."""
 
     heads: int
-    dtype: jnp.dtype
+    dtype: DTypeLike
     out_std: float
 
     @nn.compact
@@ -30,7 +31,7 @@ class MLP(nn.Module):
     """Two layers with GELU between them."""
 
     width: int
-    dtype: jnp.dtype
+    dtype: DTypeLike
     out_std: float
 
     @nn.compact
@@ -48,7 +49,7 @@ class Block(nn.Module):
     heads: int
     mlp: int
     dropout: float
-    dtype: jnp.dtype
+    dtype: DTypeLike
     out_std: float
 
     @nn.compact
@@ -84,7 +85,7 @@ class GPT(nn.Module):
     heads: int = 4
     mlp: int = 1024
     dropout: float = 0.0
-    dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(self, tokens: jax.Array, train: bool = False) -> jax.Array:

@@ -13,6 +13,15 @@ Loss = Callable[[Any, jax.Array, jax.Array], jax.Array]
 """(params, windows (batch, context + 1) int32, key) -> scalar."""
 
 
+def adamw(
+    learning_rate: float, warmup: int, decay: int, end: int, *, b2: float, weight_decay: float
+) -> optax.GradientTransformation:
+    """AdamW with clipped gradients: `warmup` steps up, a constant rate, from step `decay` down to zero at `end`."""
+    up, down = optax.linear_schedule(0, learning_rate, warmup), optax.linear_schedule(learning_rate, 0, end - decay)
+    rate = optax.join_schedules([up, down], [decay])
+    return optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(rate, b2=b2, weight_decay=weight_decay))
+
+
 class TrainState(NamedTuple):
     """What training changes; with the key, all that a stopped run needs to go on bit for bit.
 

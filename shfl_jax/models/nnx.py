@@ -103,8 +103,8 @@ class Topology(nnx.Variable):
     """The Variable type of a compressed kernel's integers, so that no filter for `nnx.Param` finds them."""
 
 
-class SparseLinear(nnx.Module):
-    """An `nnx.Linear` or `nnx.LinearGeneral` with a compressed kernel; `sparsify` makes them.
+class _Sparse(nnx.Module):
+    """What layers with a compressed kernel share.
 
     Attributes:
         kernel: `nnx.Param`, the values (P, V), with leading axes for stacked layers.
@@ -112,6 +112,29 @@ class SparseLinear(nnx.Module):
         bias: the layer's `nnx.Param`, or None.
         spec: the layer's `LayerSpec`.
     """
+
+    def __init__(self, layer: Any, matrix: RowGrouped, spec: LayerSpec) -> None:
+        matrix = moved_batch_axes(matrix, spec)
+        self.kernel = nnx.Param(matrix.values)
+        self.topology = Topology(matrix.topology)
+        self.bias = layer.bias
+        self.spec = spec
+        self.dtype = layer.dtype
+        self.precision = layer.precision
+        self.promote_dtype = layer.promote_dtype
+        self.preferred_element_type = layer.preferred_element_type
+
+    def _operands(self, inputs: jax.Array, out_sharding: Any) -> tuple[RowGrouped, jax.Array, jax.Array | None]:
+        """The matrix, the inputs and the bias in the dtype of the computation."""
+        if out_sharding is not None or self.preferred_element_type is not None:
+            raise NotImplementedError(f"{self.spec.path}: out_sharding and preferred_element_type need a dense kernel")
+        bias = None if self.bias is None else self.bias[...]
+        x, values, bias = self.promote_dtype((inputs, self.kernel[...], bias), dtype=self.dtype)
+        return RowGrouped(values, self.topology.get_value()), x, bias
+
+
+class SparseLinear(_Sparse):
+    """An `nnx.Linear` or `nnx.LinearGeneral` with a compressed kernel; `sparsify` makes them."""
 
     def __init__(self, layer: Any, matrix: RowGrouped, spec: LayerSpec) -> None:
         """Takes over a layer.
@@ -128,18 +151,10 @@ class SparseLinear(nnx.Module):
                 "with a compressed kernel, only nnx.Linear, nnx.LinearGeneral and nnx.Conv can. Map it to None in the "
                 "plan to keep it dense"
             )
-        matrix = moved_batch_axes(matrix, spec)
-        self.kernel = nnx.Param(matrix.values)
-        self.topology = Topology(matrix.topology)
-        self.bias = layer.bias
-        self.spec = spec
+        super().__init__(layer, matrix, spec)
         self.axis = _tuple(getattr(layer, "axis", -1))
         self.batch_dims = tuple(getattr(layer, "batch_axis", ()))
         self.features = _tuple(layer.out_features)
-        self.dtype = layer.dtype
-        self.precision = layer.precision
-        self.promote_dtype = layer.promote_dtype
-        self.preferred_element_type = layer.preferred_element_type
 
     def __call__(self, inputs: jax.Array, out_sharding: Any = None) -> jax.Array:
         """Runs the layer.
@@ -148,14 +163,8 @@ class SparseLinear(nnx.Module):
             ValueError: the inputs do not fit.
             NotImplementedError: an `out_sharding` or `preferred_element_type` is asked for.
         """
-        if out_sharding is not None or self.preferred_element_type is not None:
-            raise NotImplementedError(f"{self.spec.path}: out_sharding and preferred_element_type need a dense kernel")
-        bias = None if self.bias is None else self.bias[...]
-        x, values, bias = self.promote_dtype((inputs, self.kernel[...], bias), dtype=self.dtype)
         return contract(
-            RowGrouped(values, self.topology.get_value()),
-            x,
-            bias,
+            *self._operands(inputs, out_sharding),
             self.spec,
             axis=self.axis,
             features=self.features,
@@ -164,15 +173,8 @@ class SparseLinear(nnx.Module):
         )
 
 
-class SparseConv(nnx.Module):
-    """An `nnx.Conv` with a compressed kernel; `sparsify` makes them.
-
-    Attributes:
-        kernel: `nnx.Param`, the values (P, V), with leading axes for stacked layers.
-        topology: `Topology`, a `pallas_kernels.Topology`.
-        bias: the layer's `nnx.Param`, or None.
-        spec: the layer's `LayerSpec`.
-    """
+class SparseConv(_Sparse):
+    """An `nnx.Conv` with a compressed kernel; `sparsify` makes them."""
 
     def __init__(self, layer: nnx.Conv, matrix: RowGrouped, spec: LayerSpec) -> None:
         """Takes over a layer.
@@ -186,19 +188,11 @@ class SparseConv(nnx.Module):
                 "kernel. Map it to None in the plan to keep it dense"
             )
         check_convolution(layer, spec)
-        matrix = moved_batch_axes(matrix, spec)
-        self.kernel = nnx.Param(matrix.values)
-        self.topology = Topology(matrix.topology)
-        self.bias = layer.bias
-        self.spec = spec
+        super().__init__(layer, matrix, spec)
         self.kernel_size = layer.kernel_size
         self.strides = layer.strides
         self.padding = layer.padding
         self.dilation = layer.kernel_dilation
-        self.dtype = layer.dtype
-        self.precision = layer.precision
-        self.promote_dtype = layer.promote_dtype
-        self.preferred_element_type = layer.preferred_element_type
 
     def __call__(self, inputs: jax.Array, out_sharding: Any = None) -> jax.Array:
         """Runs the layer.
@@ -207,14 +201,8 @@ class SparseConv(nnx.Module):
             ValueError: the inputs do not fit.
             NotImplementedError: three spatial axes, or an `out_sharding` or `preferred_element_type` is asked for.
         """
-        if out_sharding is not None or self.preferred_element_type is not None:
-            raise NotImplementedError(f"{self.spec.path}: out_sharding and preferred_element_type need a dense kernel")
-        bias = None if self.bias is None else self.bias[...]
-        x, values, bias = self.promote_dtype((inputs, self.kernel[...], bias), dtype=self.dtype)
         return convolve(
-            RowGrouped(values, self.topology.get_value()),
-            x,
-            bias,
+            *self._operands(inputs, out_sharding),
             self.spec,
             kernel_size=self.kernel_size,
             strides=self.strides,

@@ -17,8 +17,21 @@ PASSES = 2
 """How often columns are chosen: for the medians of all columns first, then for those of the columns chosen."""
 
 
+class _TwoFour(base.Pattern):
+    """What both patterns add to the one whose groups they fill."""
+
+    @property
+    def min_sparsity(self) -> float:
+        """That of 2:4 alone."""
+        return 0.5
+
+    def least(self, shape: tuple[int, ...]) -> int:
+        """Two weights of one row, or one if there is but one input."""
+        return min(2, shape[1])
+
+
 @dataclasses.dataclass(frozen=True)
-class TVW(TW):
+class TVW(_TwoFour, TW):
     """TW, then 2:4 along the inputs that a tile keeps (Guo et al., IEEE TC 2024, arXiv 2402.10876).
 
     Tiles keep twice the density, 2 (1 - sparsity), so that a sparsity of 0.75 is TW at 50% and then 2:4. Here outputs
@@ -42,15 +55,6 @@ class TVW(TW):
     def __post_init__(self) -> None:
         super().__post_init__()
         _check(self)
-
-    @property
-    def min_sparsity(self) -> float:
-        """That of 2:4 alone."""
-        return 0.5
-
-    def least(self, shape: tuple[int, ...]) -> int:
-        """Two weights of one row, or one if there is but one input."""
-        return min(2, shape[1])
 
     # It is weights that 2:4 chooses: layers are compared weight by weight, not as TW compares them.
     rank = base.Pattern.rank
@@ -77,7 +81,7 @@ class TVW(TW):
 
 
 @dataclasses.dataclass(frozen=True)
-class ShflTVW(ShflBW):
+class ShflTVW(_TwoFour, ShflBW):
     """2:4 inside the row groups of Shfl-BW; neither paper has it.
 
     Groups keep twice the density, 2 (1 - sparsity), of their vectors, chosen in fours over the whole layer for what 2:4
@@ -101,18 +105,9 @@ class ShflTVW(ShflBW):
         super().__post_init__()
         _check(self)
 
-    @property
-    def min_sparsity(self) -> float:
-        """That of 2:4 alone."""
-        return 0.5
-
     def units(self, shape: tuple[int, ...]) -> int:
         """M * K weights."""
         return shape[0] * shape[1]
-
-    def least(self, shape: tuple[int, ...]) -> int:
-        """Two weights of one row, or one if there is but one input."""
-        return min(2, shape[1])
 
     def step(self, shape: tuple[int, ...]) -> int:
         """One weight."""

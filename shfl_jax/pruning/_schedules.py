@@ -5,7 +5,7 @@ import itertools
 import math
 import re
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -143,7 +143,7 @@ class Cubic(_Window):
 
     def __call__(self, step: jax.Array | int) -> jax.Array:
         """See `Schedule`."""
-        return 1 - (1 - self._passed(step)) ** 3
+        return cubic_fraction(self._passed(step))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -274,6 +274,11 @@ def one_shot(step: int = 0) -> OneShot:
         ValueError: a negative step.
     """
     return OneShot(step)
+
+
+def cubic_fraction(passed: Any) -> Any:
+    """1 - (1 - passed)^3: the fraction of a sparsity that is due when this fraction of the time has passed."""
+    return 1 - (1 - passed) ** 3
 
 
 def cubic(begin: int, end: int, every: int = 1, search_every: int | None = None) -> Cubic:

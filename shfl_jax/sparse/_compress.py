@@ -237,33 +237,13 @@ def _checked_weight(kernel: Any, mask: Mask, spec: LayerSpec) -> Any:
 def compress_kernel(weight: Any, mask: Mask) -> RowGrouped:
     """The compressed form of a kernel; packed where the mask keeps two of every four."""
     if mask.order is None or mask.choice is None:
-        return _told_apart(pallas_kernels.from_dense(weight, mask.rows, mask.kept))
+        return pallas_kernels.from_dense(weight, mask.rows, mask.kept)
     rows, order = np.asarray(mask.rows), np.asarray(mask.order)
     live = (rows < mask.m).reshape(*order.shape[:-1], mask.group_size).sum(-1)
     stored = (order < mask.shape[1]).reshape(*order.shape[:-1], -1, 4).sum(-1)
     if np.asarray(mask.choice).sum() > (live * np.minimum(stored, 2).sum(-1)).sum():  # a schedule on its way
-        return _told_apart(pallas_kernels.from_dense(np.where(mask.choice, weight, 0), rows, mask.kept))
+        return pallas_kernels.from_dense(np.where(mask.choice, weight, 0), rows, mask.kept)
     return pallas_kernels.from_dense_two_four(weight, rows, order, mask.choice)
-
-
-def _told_apart(matrix: RowGrouped) -> RowGrouped:
-    """Makes a stack of unequal counts look like one: R * max_count slots are taken for equal counts.
-
-    The longest slice can have that number by chance. One more slot of padding tells the two apart.
-    """
-    topology = matrix.topology
-    counts = np.diff(np.asarray(topology.group_ptr), axis=-1)
-    if not topology.equal_counts or (counts == topology.max_count).all():
-        return matrix
-    ends = [(0, 0)] * (counts.ndim - 1)
-    return pallas_kernels.row_grouped(
-        jnp.pad(matrix.values, [*ends, (0, 1), (0, 0)]),
-        jnp.pad(topology.columns, [*ends, (0, 1)], constant_values=topology.k),
-        topology.group_ptr,
-        topology.rows,
-        m=topology.m,
-        k=topology.k,
-    )
 
 
 def _why_dense(mask: Mask, spec: LayerSpec) -> str:

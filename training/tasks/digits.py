@@ -1,14 +1,14 @@
 """Handwritten digits of scikit-learn under noise, and a small convolutional network."""
 
+import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from flax import linen as nn
 
-from training.tasks.task import Recipe, Task, classification, draw_examples, unfolded_convolution
+from training.tasks.task import Recipe, Task, classification, classification_loss, draw_examples, unfolded_convolution
 
 NOISE = 0.25
 """Standard deviation of the noise on pixels in [0, 1], and of that which training adds to its images."""
@@ -89,10 +89,6 @@ def task(smoke: bool = False) -> Task:
         image = jax.vmap(lambda one, by: jnp.roll(one, (by[0], by[1]), (0, 1)))(examples["image"], shifts)
         return {**examples, "image": image + NOISE * jax.random.normal(noise, image.shape)}
 
-    def loss(params: Any, batch: Any, key: jax.Array) -> jax.Array:
-        logits = jnp.asarray(trained.apply({"params": params}, batch["image"]))
-        return optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"]).mean()
-
     return Task(
         name="digits",
         measure="accuracy",
@@ -105,7 +101,7 @@ def task(smoke: bool = False) -> Task:
         test={name: array[:200] for name, array in test.items()} if smoke else test,
         test_batch=200 if smoke else 1000,
         draw=draw,
-        loss=loss,
+        loss=functools.partial(classification_loss, trained),
         evaluate=classification,
         compressed=True,
     )

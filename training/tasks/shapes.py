@@ -1,14 +1,14 @@
 """Textured shapes on clutter, drawn from a seed, and a small residual network: the stand-in for a ResNet."""
 
+import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from flax import linen as nn
 
-from training.tasks.task import Recipe, Task, classification, draw_examples, unfolded_convolution
+from training.tasks.task import Recipe, Task, classification, classification_loss, draw_examples, unfolded_convolution
 
 SIDE = 32
 """Pixels of an image's side."""
@@ -137,10 +137,6 @@ def task(smoke: bool = False) -> Task:
         image = jnp.where(flip[2], image.swapaxes(1, 2), image)
         return {**examples, "image": image + 0.1 * jax.random.normal(noise, image.shape)}
 
-    def loss(params: Any, batch: Any, key: jax.Array) -> jax.Array:
-        logits = jnp.asarray(trained.apply({"params": params}, batch["image"]))
-        return optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"]).mean()
-
     return Task(
         name="shapes",
         measure="accuracy",
@@ -153,7 +149,7 @@ def task(smoke: bool = False) -> Task:
         test=data(50 if smoke else 4_000, seed=1),
         test_batch=50 if smoke else 250,
         draw=draw,
-        loss=loss,
+        loss=functools.partial(classification_loss, trained),
         evaluate=classification,
         compressed=True,
     )

@@ -10,6 +10,9 @@ import numpy as np
 import optax
 from flax import linen as nn
 
+from shfl_jax import pruning
+from training.loop import adamw
+
 Arrays = Mapping[str, Any]
 """Name -> array; all with the same leading axis, the examples."""
 
@@ -54,20 +57,18 @@ class Recipe:
     def fractions(self) -> tuple[float, ...]:
         """Of the target sparsity: what is due at every `every`-th step of pruning, cubic over the first 60% of it."""
         updates = max(1, round(0.6 * self.prune_steps / self.every))
-        return tuple(1 - (1 - i / updates) ** 3 for i in range(1, updates + 1))
+        return tuple(pruning.cubic_fraction(i / updates) for i in range(1, updates + 1))
 
     def optimizer(self) -> optax.GradientTransformation:
         """AdamW: warm-up, a constant rate, and from the middle of the pruning window a linear decay to zero."""
         decay = self.dense_steps + round(0.3 * self.prune_steps)
-        rate = optax.join_schedules(
-            [
-                optax.linear_schedule(0, self.learning_rate, self.dense_steps // 20 + 1),
-                optax.linear_schedule(self.learning_rate, 0, self.steps - decay),
-            ],
-            [decay],
-        )
-        return optax.chain(
-            optax.clip_by_global_norm(1.0), optax.adamw(rate, b2=self.b2, weight_decay=self.weight_decay)
+        return adamw(
+            self.learning_rate,
+            self.dense_steps // 20 + 1,
+            decay,
+            self.steps,
+            b2=self.b2,
+            weight_decay=self.weight_decay,
         )
 
 
@@ -125,6 +126,12 @@ def classification(apply: Callable[..., Any], batch: Arrays) -> dict[str, jax.Ar
     logits = apply(batch["image"])
     loss = optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"]).mean()
     return {"accuracy": (logits.argmax(-1) == batch["label"]).mean(dtype=jnp.float32), "loss": loss}
+
+
+def classification_loss(model: nn.Module, params: Any, batch: Arrays, key: jax.Array) -> jax.Array:
+    """The cross entropy of `classification`, as `Task.loss` once the model is bound."""
+    del key
+    return classification(lambda image: jnp.asarray(model.apply({"params": params}, image)), batch)["loss"]
 
 
 def unfolded_convolution(

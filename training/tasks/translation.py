@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import linen as nn
+from jax.typing import DTypeLike
 
 from training.tasks.task import Recipe, Task, draw_examples
 
@@ -135,7 +136,7 @@ class Attention(nn.Module):
     """Multi-head attention whose four projections are layers of their own, so that they are pruned apart."""
 
     heads: int
-    dtype: jnp.dtype
+    dtype: DTypeLike
 
     @nn.compact
     def __call__(self, x: jax.Array, y: jax.Array, mask: jax.Array) -> jax.Array:
@@ -156,7 +157,7 @@ class Layer(nn.Module):
     heads: int
     mlp: int
     dropout: float
-    dtype: jnp.dtype
+    dtype: DTypeLike
 
     @nn.compact
     def __call__(
@@ -205,7 +206,7 @@ class Translator(nn.Module):
     heads: int = 4
     mlp: int = 256
     dropout: float = 0.1
-    dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     def setup(self) -> None:
         """Makes the parts that `encode` and `decode` share their names with."""

@@ -9,6 +9,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
+from shfl_jax.patterns.search import _tournament as tournament
 from shfl_jax.patterns.search._kmeans import HIGHEST, place, ranks
 
 COLD = 0.15
@@ -86,18 +87,12 @@ def _exchange(gains: jax.Array, grouping: jax.Array, begin: jax.Array, rounds: i
     """Some rounds of a round-robin tournament of groups: gains (M, R) and a grouping (R, V) to a grouping."""
     m, num_groups = gains.shape
     v = grouping.shape[1]
-    # An odd number of groups plays against an empty one.
-    players = num_groups + num_groups % 2
+    grouping = tournament.enter(grouping, m)
+    players = grouping.shape[0]
     gains = jnp.pad(gains, ((0, 0), (0, players - num_groups)))
-    grouping = jnp.pad(grouping, ((0, players - num_groups), (0, 0)), constant_values=m)
-    seat = jnp.arange(1, players // 2)
 
     def play(i: jax.Array, grouping: jax.Array) -> jax.Array:
-        i = (begin + i) % (players - 1)
-        left, right = (i + seat) % (players - 1), (i - seat) % (players - 1)
-        # A smaller group comes second in its pair, so that the sentinels, which sort last, stay with it.
-        first = jnp.concatenate([i[None], jnp.minimum(left, right)])
-        second = jnp.concatenate([jnp.full(1, players - 1, first.dtype), jnp.maximum(left, right)])
+        first, second = tournament.match((begin + i) % (players - 1), players)
         rows = jnp.concatenate([grouping[first], grouping[second]], axis=1)
         loss = gains.at[rows, second[:, None]].get(mode="fill", fill_value=jnp.inf)
         loss -= gains.at[rows, first[:, None]].get(mode="fill", fill_value=0)

@@ -10,6 +10,8 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
+from shfl_jax.patterns.search import _tournament as tournament
+
 HIGHEST = jax.lax.Precision.HIGHEST
 GRAM_ROWS = 16384
 """Up to this many rows all inner products are computed once and kept (1 GiB at most), beyond it as they are needed."""
@@ -170,16 +172,11 @@ def _assign_greedily(distance: jax.Array, group_size: int) -> jax.Array:
 def _exchange(products: Products, grouping: jax.Array, m: int, sweeps: jax.Array, swaps: int) -> jax.Array:
     """Refines a grouping on pairs of groups, sweep after sweep until none moves a row."""
     num_groups, v = grouping.shape
-    # A round-robin tournament. An odd number of groups plays against an empty one.
-    players = num_groups + num_groups % 2
-    grouping = jnp.pad(grouping, ((0, players - num_groups), (0, 0)), constant_values=m)
-    seat = jnp.arange(1, players // 2)
+    grouping = tournament.enter(grouping, m)
+    players = grouping.shape[0]
 
     def play(i: jax.Array, grouping: jax.Array) -> jax.Array:
-        left, right = (i + seat) % (players - 1), (i - seat) % (players - 1)
-        # A smaller group comes second in its pair, so that the sentinels, which sort last, stay with it.
-        first = jnp.concatenate([i[None], jnp.minimum(left, right)])
-        second = jnp.concatenate([jnp.full(1, players - 1, first.dtype), jnp.maximum(left, right)])
+        first, second = tournament.match(i, players)
         rows = jnp.concatenate([grouping[first], grouping[second]], axis=1)
         real = rows < m
         chosen = _split(products(rows, rows), real, v, swaps)
