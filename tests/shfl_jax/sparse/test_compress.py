@@ -144,7 +144,7 @@ def test_the_dtype_that_layers_compute_in_decides_what_stays_dense(monkeypatch):
 
     def predict(*shape, dtype, **_):
         asked.append((shape, dtype))
-        return pallas_kernels.cost.Prediction(1.0, speedups[dtype]) if dtype in speedups else None
+        return pallas_kernels.Prediction(1.0, speedups[dtype]) if dtype in speedups else None
 
     monkeypatch.setattr(pallas_kernels, "predict", predict)
     params, masks = layer()
@@ -162,7 +162,7 @@ def test_convolutions_are_looked_up_by_their_own_counts(monkeypatch):
 
     def predict(*shape, taps, **_):
         asked.append((*shape, taps))
-        return pallas_kernels.cost.Prediction(1.0, 0.5 if shape[-1] > 100 else 2.0)
+        return pallas_kernels.Prediction(1.0, 0.5 if shape[-1] > 100 else 2.0)
 
     monkeypatch.setattr(pallas_kernels, "predict_convolution", predict)
     rng = np.random.default_rng(0)
