@@ -14,7 +14,6 @@ after `--minutes`.
 Without a GPU, `--size tiny` runs the whole program on small images, timed by the clock: a check, not a measurement.
 """
 
-import argparse
 import collections
 import dataclasses
 import itertools
@@ -30,9 +29,9 @@ os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # several proce
 
 import jax
 
+from benchmarks import records as files
 from benchmarks import resnet, workers
 from benchmarks.matmul import BASELINES, GROUP_SIZES
-from benchmarks.records import RESULTS, write
 from pallas_kernels import _tables as tables
 from pallas_kernels import _window as windows
 from pallas_kernels._conv import ConvLayout
@@ -193,9 +192,8 @@ class Results:
             forgotten: cases whose records are dropped.
             kinds: of the dense measurements that a case needs.
         """
-        found = json.loads(out.read_text())["records"] if out.exists() else []
         # What follows from other records has no case of its own.
-        self.records = [r for r in found if "case" in r and r["case"] not in forgotten]
+        self.records = [r for r in files.read(out)["records"] if "case" in r and r["case"] not in forgotten]
         self.out, self.kinds, self.saved = out, kinds, 0.0
         self.dense: dict[tuple, dict[str, list[dict]]] = collections.defaultdict(dict)
         self.sparse: dict[Case, list[dict]] = {}
@@ -219,7 +217,7 @@ class Results:
     def save(self, order: Mapping[str, int]) -> None:
         """Writes the file: records in an order of cases, then what follows from them."""
         records = sorted(self.records, key=lambda r: order.get(r["case"], len(order)))
-        write(self.out, [*records, *summaries(records), *transposes(records)])
+        files.write(self.out, [*records, *summaries(records), *transposes(records)])
         self.saved = time.monotonic()
 
 
@@ -344,19 +342,16 @@ def show(records: Sequence[dict], seconds: float) -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.conv", description=__doc__)
-    parser.add_argument("--minutes", type=float, default=7.5)
+    parser = files.command_line("conv", __doc__, minutes=7.5, again="what the file has already")
     parser.add_argument("--acceptance", action="store_true", help="only the cases of the acceptance table")
     parser.add_argument("--model", action="store_true", help="only ResNet-50 whole")
-    parser.add_argument("--again", action="store_true", help="measure anew what the file has already")
     parser.add_argument(
         "--table", action="store_true", help="measure nothing, write the table of the results for `predict_convolution`"
     )
     parser.add_argument("--size", choices=("resnet50", "tiny"), default="resnet50")
-    parser.add_argument("--out", type=pathlib.Path)
     options = parser.parse_args(argv)
     if options.table:
-        write_table(options.out or RESULTS / "nvidia-h200" / "conv.json")
+        write_table(options.out or files.RESULTS / "nvidia-h200" / "conv.json")
         return
     tiny = options.size == "tiny"
     if not tiny and jax.default_backend() != "gpu":
@@ -366,15 +361,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     if options.acceptance or options.model:
         todo = todo[: len(layers)] if options.acceptance else []
         models = models if options.model else ()
-    device = tables.file_name(jax.devices()[0].device_kind)
-    out = options.out or RESULTS / device / ("conv_tiny.json" if tiny else "conv.json")
+    out = files.output(parser, options, "conv_tiny" if tiny else "conv")
     run(todo, models, out, options.minutes, again=options.again, size=TINY_MODEL if tiny else {})
 
 
 def write_table(results: pathlib.Path) -> None:
     """Writes the table of `pallas_kernels._tables`."""
     entries, path = [], tables.TABLES / "convolutions" / f"{results.parent.name}.json"
-    for r in defaults(json.loads(results.read_text())["records"], "CHWN"):
+    for r in defaults(files.read(results)["records"], "CHWN"):
         slots = -(-r["m"] // r["group_size"]) * round(r["k"] * (1 - r["sparsity"]))
         entry = {key: r[key] for key in ("m", "k", "n", "group_size", "dtype", "time_us", "dense_time_us")}
         entries.append({"taps": r["kernel_size"][0] * r["kernel_size"][1], "slots": slots} | entry)

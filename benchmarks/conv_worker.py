@@ -5,7 +5,6 @@ on it, which is also where XLA compiles products and convolutions of its own: it
 """
 
 import contextlib
-import dataclasses
 import itertools
 import os
 import time
@@ -26,8 +25,6 @@ from benchmarks.workers import holding_gpu, on_host
 from pallas_kernels import timing, tune
 from pallas_kernels._conv import FROM_NATIVE, TO_NATIVE
 from pallas_kernels._matrix import RowGrouped, to_dense
-from pallas_kernels.mosaic import _conv as mosaic_gpu_conv
-from pallas_kernels.triton import _conv as triton_conv
 
 DENSE_LAYOUTS = {"NHWC": "OHWI", "NCHW": "OIHW", "CHWN": "OHWI"}  # of images, and how filters lie for them
 
@@ -159,32 +156,6 @@ def sparse_records(case: Case) -> list[dict[str, Any]]:
         ]
 
 
-def config_records(case: Case) -> list[dict[str, Any]]:
-    """The Mosaic kernel of a case with every config of its search space, the heuristic's first, and Triton's kernel."""
-    with on_host():
-        filters, images = operands(case)
-        window, reference = case.layer.window, float64_image(case, dense_kernel(case, filters), images)
-        arguments = pallas_kernels.prepare(filters, "mosaic_gpu", window), images
-    jobs = [("triton", None, triton_conv)]
-    space = mosaic_gpu_conv.search_space(arguments[0].topology, window, case.batch)
-    jobs += [("mosaic_gpu", config, mosaic_gpu_conv) for config in space]
-
-    def forward(backend, config):
-        def function(filters, x):
-            y = backend.forward(filters, x, None, window=window, activation=None, precision=None, config=config)
-            return y.reshape(-1, *window.outputs, case.batch)
-
-        return function
-
-    compiled = [build(lower(forward(backend, config), arguments), arguments) for _, config, backend in jobs]
-    with holding_gpu():
-        return [
-            {"implementation": name, "config": config and dataclasses.asdict(config), "heuristic": config == space[0]}
-            | timed(found, "CHWN", reference)
-            for (name, config, _), found in zip(jobs, compiled, strict=True)
-        ]
-
-
 def shows_xla(case: Case) -> bool:
     """Whether plain XLA is measured beside the others: it is far behind, as the cases of the acceptance table show."""
     m, k, n = case.product
@@ -236,8 +207,7 @@ def answer(question: Mapping[str, Any]) -> list[dict[str, Any]]:
         case = question["case"]
         case = Case(**case | {"layer": Layer(**case["layer"])})
         key = key_of(case)
-        kinds = {"dense": dense_records, "sparse": sparse_records, "configs": config_records}
-        records = kinds[question["kind"]](case)
+        records = {"dense": dense_records, "sparse": sparse_records}[question["kind"]](case)
     seconds, held_s = time.monotonic() - started, workers.held_s - held_s
     print(f"  {question['kind']} {key}: {seconds:.1f} s, {held_s:.1f} s with the GPU", flush=True)
     return records

@@ -28,7 +28,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from benchmarks.records import RESULTS, write
+from benchmarks import records as files
 from pallas_kernels import _tables as tables
 from pallas_kernels import timing, tune
 from pallas_kernels.triton import _matmul as triton
@@ -209,8 +209,7 @@ def record(case: Case, row: dict[str, str]) -> dict[str, Any]:
 
 def main(arguments: Iterable[str] | None = None) -> int:
     """Command line; returns its exit status."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=pathlib.Path, help="default: the results file, for all cases alone")
+    parser = files.command_line("counters", __doc__)
     parser.add_argument("--case", type=int, nargs="+", default=range(len(CASES)), help="indices into the cases")
     parser.add_argument("--launch", type=int, nargs="+", help=argparse.SUPPRESS)
     options = parser.parse_args(None if arguments is None else list(arguments))
@@ -225,7 +224,6 @@ def main(arguments: Iterable[str] | None = None) -> int:
     query = subprocess.run([ncu, "--query-metrics", "--chips", "gh100"], capture_output=True, text=True, check=False)
     metrics = known_metrics(query.stdout) or list(METRICS[:6])
     print(f"{ncu}: {' '.join(version.split())}\nmetrics: {metrics}", flush=True)
-    device = tables.file_name(jax.devices("cuda")[0].device_kind)
     cases = list(options.case)
     parts = [cases[i::PROCESSES] for i in range(PROCESSES) if cases[i::PROCESSES]]
     records: list[dict[str, Any]] = []
@@ -253,8 +251,7 @@ def main(arguments: Iterable[str] | None = None) -> int:
     if options.out is None and len({tuple(r[name] for name in fields) for r in records}) < len(CASES):
         print("not all cases were counted: nothing is written without --out", file=sys.stderr)
         return 1
-    out = options.out or RESULTS / device / "counters.json"
-    write(out, records)
+    files.write(files.output(parser, options, "counters"), records)
     return 0
 
 

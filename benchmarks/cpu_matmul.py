@@ -6,12 +6,8 @@ scales. Dense is the faster of XLA's two storage orders of the weight, timed in 
 already in the file is skipped; `--again` measures all of them anew.
 """
 
-import argparse
 import dataclasses
-import datetime
 import itertools
-import json
-import pathlib
 import statistics
 import sys
 from collections.abc import Callable
@@ -26,6 +22,7 @@ from rich.table import Table
 
 import pallas_kernels
 import shfl_jax
+from benchmarks import records as files
 from pallas_kernels import timing
 
 SIZES = ((1024, 256, 256), (1024, 1024, 256), (4096, 1024, 256), (4096, 1024, 16), (1024, 4096, 64))
@@ -132,24 +129,19 @@ def table(records: list[dict]) -> Table:
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the benchmark and prints its table."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.cpu_matmul", description=__doc__)
+    parser = files.command_line("cpu_matmul", __doc__, again="what the file has already")
     parser.add_argument(
         "--runs", type=int, default=40, help="timings of each function of a case (default: %(default)s)"
     )
-    parser.add_argument("--again", action="store_true", help="measure cases that the file holds already, too")
-    default = pathlib.Path(__file__).parent / "results" / "cpu" / "matmul.json"
-    parser.add_argument("--out", type=pathlib.Path, default=default, help="the results file (default: %(default)s)")
     options = parser.parse_args(argv)
-    known = [] if options.again or not options.out.exists() else json.loads(options.out.read_text())["records"]
+    path = options.out or files.RESULTS / "cpu" / "matmul.json"  # on a machine with a GPU too
+    known = [] if options.again else files.read(path)["records"]
     fields = [field.name for field in dataclasses.fields(Case)]
     done = {Case(**{name: record[name] for name in fields}): record for record in known}
     with jax.default_device(jax.devices("cpu")[0]):
         for case in track([c for c in cases() if c not in done], "cases", console=Console(stderr=True)):
             done[case] = measure(case, options.runs)
-            records = [done[c] for c in cases() if c in done]
-            document = {"device": "cpu", "jax": jax.__version__, "date": str(datetime.date.today()), "records": records}
-            options.out.parent.mkdir(parents=True, exist_ok=True)
-            options.out.write_text(json.dumps(document, indent=1) + "\n")
+            files.write(path, [done[c] for c in cases() if c in done], "cpu")
     Console().print(table([done[c] for c in cases()]))
     return 0
 

@@ -8,7 +8,8 @@ A document holds a block of this form, and `python -m benchmarks.documents` writ
 `file` lies under `benchmarks/results`; `where` keeps the records whose keys
 have these values (a list: one of them); `columns` maps headings to `str.format` templates over a record; `sort`, a list
 of keys, orders the rows; `fastest_by`, a list of keys, keeps of the records that agree in them the one with the least
-time.
+time. With `beside`, a key, a row holds all of these records, each by its value of that key: with "implementation",
+`{triton[time_us]}` is the time of Triton's record.
 """
 
 import argparse
@@ -39,10 +40,11 @@ def table(spec: Mapping[str, Any], results: Path = RESULTS) -> str:
         raise ValueError(f'{path} does not exist; run the benchmark that writes it, or correct the block\'s "file"')
     records = [r for r in json.loads(path.read_text())["records"] if _fits(r, spec.get("where", {}))]
     if by := spec.get("fastest_by"):
-        fastest: dict[tuple, Mapping[str, Any]] = {}
+        alike: dict[tuple, list[dict[str, Any]]] = {}
         for record in sorted(records, key=lambda r: r["time_us"]):
-            fastest.setdefault(tuple(record[key] for key in by), record)
-        records = list(fastest.values())
+            alike.setdefault(tuple(record[key] for key in by), []).append(record)
+        beside = spec.get("beside")
+        records = [some[0] | ({r[beside]: r for r in reversed(some)} if beside else {}) for some in alike.values()]
     if not records:
         raise ValueError(f"{path} has no record with {spec.get('where')}; run the benchmark or correct the block")
     records.sort(key=lambda r: [_order(r.get(key)) for key in spec.get("sort", ())])

@@ -1,14 +1,12 @@
 """Fine-tuning compressed values against training the dense model, a step each: `python -m benchmarks.finetune`.
 
-One Transformer, once with dense parameters and once with compressed ones (`training.finetune`), both by AdamW with
-float32 parameters and moments and bfloat16 products. What is written are wall-clock times of a step, measured in turns,
-the kernel times of a step by CUPTI, and the bytes of the pruned layers' parameters and moments.
+One Transformer, once with dense parameters and once with compressed ones, both by AdamW with float32 parameters and
+moments and bfloat16 products. What is written are wall-clock times of a step, measured in turns, the kernel times of a
+step by CUPTI, and the bytes of the pruned layers' parameters and moments.
 """
 
-import argparse
 import dataclasses
 import functools
-import pathlib
 import statistics
 import time
 from collections.abc import Callable
@@ -20,11 +18,10 @@ import numpy as np
 import optax
 
 import shfl_jax
-from benchmarks.records import RESULTS, write
+from benchmarks import records as files
 from pallas_kernels import timing
 from shfl_jax import LayerSpec, Masks, ShflBW
 from shfl_jax.pruning._losses import bits_per_token
-from training.compare import device
 from training.gpt import GPT
 
 PRUNED = r"(.*/)?(mlp|attn)/.*"
@@ -170,18 +167,13 @@ def measure(case: Case, rounds: int) -> list[dict[str, Any]]:
 
 def main(argv: list[str] | None = None) -> None:
     """Runs the program."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.finetune", description=__doc__)
+    parser = files.command_line("finetune", __doc__, smoke="one tiny model")
     parser.add_argument("--rounds", type=int, default=5, help="wall-clock measurements (default: %(default)s)")
-    parser.add_argument("--smoke", action="store_true", help="one tiny model, to try the program; needs --out")
-    parser.add_argument("--out", type=pathlib.Path, help="the results file (default: that of this device)")
     options = parser.parse_args(argv)
-    if options.smoke and options.out is None:
-        parser.error("--smoke needs --out")
-    path = options.out or RESULTS / device() / "finetune.json"
-    records: list[dict[str, Any]] = []
+    path, records = files.output(parser, options, "finetune"), []
     for case in (SMOKE,) if options.smoke else CASES:
         records += measure(case, options.rounds)
-        write(path, records)
+        files.write(path, records)
         for r in records[-2:]:
             print(
                 f"{r['case']}, {r['label']}: {r['time_us'] / 1e3:.2f} ms a step, {r['speedup']:.2f} times dense; "

@@ -5,11 +5,9 @@ ReLU stand between the convolutions as the model says, images are NHWC, and nobo
 the times of all kernels by CUPTI stands how often XLA moves images from one layout to another.
 """
 
-import argparse
 import concurrent.futures
 import functools
 import math
-import pathlib
 import re
 from collections.abc import Callable
 from typing import Any
@@ -19,11 +17,10 @@ import jax.numpy as jnp
 import numpy as np
 
 import shfl_jax
+from benchmarks import records as files
 from benchmarks import resnet
-from benchmarks.records import RESULTS, write
 from pallas_kernels import timing
 from shfl_jax import LayerSpec, Mask, Masks, Plan, ShflBW
-from training.compare import device
 
 SPARSITY, GROUP_SIZE = 0.75, 64
 STEM = 0.1
@@ -120,16 +117,12 @@ def measure(
 
 def main(argv: list[str] | None = None) -> None:
     """Runs the program."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.flax_resnet", description=__doc__)
+    parser = files.command_line("flax_resnet", __doc__, smoke="a tiny network")
     parser.add_argument("--batch", type=int, default=64, help="images (default: %(default)s)")
-    parser.add_argument("--smoke", action="store_true", help="a tiny network, to try the program; needs --out")
-    parser.add_argument("--out", type=pathlib.Path, help="the results file (default: that of this device)")
     options = parser.parse_args(argv)
-    if options.smoke and options.out is None:
-        parser.error("--smoke needs --out")
-    path = options.out or RESULTS / device() / "flax_resnet.json"
+    path = files.output(parser, options, "flax_resnet")
     records = measure(2, 32, 16, resnet.ResNet((1, 1), 16, 5)) if options.smoke else measure(options.batch)
-    write(path, records)
+    files.write(path, records)
     for r in records:
         print(
             f"{r['form']}: {r['time_us']:.0f} us in {r['kernels']} kernels ({r['speedup']:.2f}), {r['call_us']:.0f} us "

@@ -6,7 +6,6 @@ baselines are measured in one call, by CUPTI kernel time, with a cold L2, on ran
 skipped; the cases of the acceptance table come first; a call ends by itself after `--minutes`.
 """
 
-import argparse
 import concurrent.futures
 import contextlib
 import dataclasses
@@ -26,8 +25,8 @@ import jax.numpy as jnp
 import numpy as np
 
 import pallas_kernels
-from benchmarks import two_four, workers
-from benchmarks.records import RESULTS, write
+from benchmarks import packed, workers
+from benchmarks import records as files
 from pallas_kernels import _tables as tables
 from pallas_kernels import timing, tune
 from pallas_kernels._matrix import to_dense
@@ -149,10 +148,10 @@ class Torch:
             self.worker.close()
 
 
-def operands(case: Case, implementation: str) -> tuple:
+def operands(case: Case, implementation: str | None) -> tuple:
     """The prepared matrix, the activations in the case's layout, the output's gradient and the bias of a case."""
     if case.packed:
-        matrix = two_four.random_matrix(case)
+        matrix = packed.random_matrix(case.packed, case.m, case.k, case.sparsity, case.group_size, case.dtype)
     else:
         equal = case.counts == "equal"
         matrix = tune.random_matrix(case.m, case.k, case.sparsity, case.group_size, equal=equal, dtype=case.dtype)
@@ -166,7 +165,7 @@ def operands(case: Case, implementation: str) -> tuple:
     return matrix, x, dy if case.backward else None, jax.random.normal(keys[2], (case.m,), case.dtype)
 
 
-def sparse_function(case: Case, implementation: str) -> Callable:
+def sparse_function(case: Case, implementation: str | None) -> Callable:
     """Our product, or forward and both gradients, as a function of `operands`."""
 
     def forward(matrix, x, dy, bias):
@@ -328,7 +327,7 @@ def key_of(case: Case) -> str:
 def run(todo: list[Case], out: pathlib.Path, minutes: float, batch: int = 8) -> None:
     """Measures cases until the time is over."""
     started = time.monotonic()
-    records = json.loads(out.read_text())["records"] if out.exists() else []
+    records = files.read(out)["records"]
     done = {record["case"] for record in records}
     todo = [case for case in dict.fromkeys(todo) if key_of(case) not in done]
     torch = Torch()
@@ -341,7 +340,7 @@ def run(todo: list[Case], out: pathlib.Path, minutes: float, batch: int = 8) -> 
                     return
                 new = measure(case, functions, torch)
                 records += new
-                write(out, records)
+                files.write(out, records)
                 line = ", ".join(
                     f"{r['implementation']}{'/' + str(r['group_size']) if r['implementation'] == 'torch_bsr' else ''} "
                     f"{r['time_us']:.1f} ({r['speedup']:.2f})"
@@ -352,17 +351,15 @@ def run(todo: list[Case], out: pathlib.Path, minutes: float, batch: int = 8) -> 
 
 def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--minutes", type=float, default=7.5)
+    parser = files.command_line("matmul", __doc__, minutes=7.5, again="the chosen cases of the acceptance table")
     parser.add_argument("--suite", nargs="+", help="only these suites")
     parser.add_argument("--acceptance", action="store_true", help="only the cases of the acceptance table")
-    parser.add_argument("--again", action="store_true", help="measure the chosen cases of the acceptance table anew")
-    parser.add_argument("--out", type=pathlib.Path)
     options = parser.parse_args()
-    device = tables.file_name(jax.devices("cuda")[0].device_kind)
+    if jax.default_backend() != "gpu":
+        parser.error("products are measured on a GPU, and there is none here; benchmarks.cpu_matmul is for a CPU")
     todo = list(ACCEPTANCE if options.acceptance else cases())
     todo = [case for case in todo if options.suite is None or case.suite in options.suite]
-    out = options.out or RESULTS / device / "matmul.json"
+    out = files.output(parser, options, "matmul")
     if options.again:
         forget(out, [case for case in todo if case in ACCEPTANCE])
     run(todo, out, options.minutes)

@@ -8,25 +8,21 @@ benchmarks/results/<device>/one_shot.json, skips cases that are there, and can b
 prints what is there: means with 95% intervals over the seeds, and whether the claims hold.
 """
 
-import argparse
 import collections
 import dataclasses
-import datetime
 import functools
-import json
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 from scipy import stats
 
+from benchmarks import records as files
 from shfl_jax import BW, NM, TVW, TW, VW, Pattern, Plan, ShflBW, Unstructured
 from shfl_jax.oneshot import prune_one_shot
 from training import bert
@@ -124,8 +120,7 @@ def measure(encoder: bert.Pretrained, case: Case, settings: Settings, dense: np.
 
 def run(path: Path, settings: Settings, minutes: float, labels: Sequence[str], seeds: int) -> dict[str, Any]:
     """Measures the cases that the file lacks until the minutes are over, and writes the file after each."""
-    deadline = time.monotonic() + 60 * minutes
-    document = json.loads(path.read_text()) if path.exists() else {"records": []}
+    document = files.read(path)
     measured = [record for record in document["records"] if record["op"] == "one_shot"]
     done = {_key(record) for record in measured}
     text_key = dataclasses.asdict(settings)
@@ -135,24 +130,9 @@ def run(path: Path, settings: Settings, minutes: float, labels: Sequence[str], s
     encoder = bert.pretrained()
     text = bert.sentences(held_out=True)[: settings.held_out]
     dense = encoder.encode(text)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True)) as bar:
-        task = bar.add_task("one-shot", total=len(wanted))
-        for case in wanted:
-            if time.monotonic() > deadline:
-                break
-            bar.update(task, description=f"{case.label} {case.sparsity:.0%} {case.method} seed {case.seed}")
-            record = measure(encoder, case, settings, dense, text)
-            document |= {
-                "device": _device(),
-                "jax": jax.__version__,
-                "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-            }
-            measured.append(record)
-            document["records"] = [*measured, *summary(measured), *claims(measured)]
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(json.dumps(document, indent=1) + "\n")
-            bar.advance(task)
+    for case in files.until(minutes, wanted, lambda c: f"{c.label} {c.sparsity:.0%} {c.method} seed {c.seed}"):
+        measured.append(measure(encoder, case, settings, dense, text))
+        document = files.write(path, [*measured, *summary(measured), *claims(measured)])
     return document
 
 
@@ -235,19 +215,16 @@ def tables(document: dict[str, Any]) -> tuple[Table, Table]:
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the benchmark."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--minutes", type=float, default=60, help="end after this many minutes (default 60)")
-    parser.add_argument("--out", type=Path, help="the results file (default: that of this device)")
+    parser = files.command_line("one_shot", __doc__, minutes=60, table=True)
     parser.add_argument("--patterns", nargs="+", choices=PATTERNS, default=tuple(PATTERNS), metavar="LABEL")
     parser.add_argument("--seeds", type=int, default=SEEDS, help="calibration seeds (default 5)")
-    parser.add_argument("--table", action="store_true", help="only print the tables of the results file")
     for field in dataclasses.fields(Settings):
         parser.add_argument(f"--{field.name.replace('_', '-')}", type=int, default=field.default, metavar="N")
     options = parser.parse_args(argv)
-    path = options.out or Path(__file__).parent / "results" / _device() / "one_shot.json"
+    path = files.output(parser, options, "one_shot")
     settings = Settings(*(getattr(options, field.name) for field in dataclasses.fields(Settings)))
     if options.table:
-        document = json.loads(path.read_text())
+        document = files.read(path)
     else:
         document = run(path, settings, options.minutes, options.patterns, options.seeds)
     Console().print(*tables(document))
@@ -262,11 +239,6 @@ def _key(record: dict[str, Any]) -> tuple:
 def _order(item: tuple[tuple[float, str, str], Any]) -> tuple:
     sparsity, label, method = item[0]
     return sparsity, list(PATTERNS).index(label), list(METHODS).index(method)
-
-
-def _device() -> str:
-    device = jax.devices()[0]
-    return "cpu" if device.platform == "cpu" else device.device_kind.lower().replace(" ", "-")
 
 
 if __name__ == "__main__":

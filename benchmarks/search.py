@@ -1,6 +1,6 @@
 """What the row-permutation search keeps of a pretrained model and of synthetic weights: `python -m benchmarks.search`.
 
-Compares the rows in order (VW), the published K-means, the annealing of `shfl_jax.annealing` and the upper bound
+Compares the rows in order (VW), the published K-means, annealing (the default) and the upper bound
 (unstructured) on all 36 encoder matrices of all-MiniLM-L6-v2 and on random ones, and TVW, Shfl-BW and Shfl-TVW at a
 total sparsity of 75%. Weights are ranked by magnitude; every pattern keeps its default counts, which differ between
 groups ("ragged"). It appends to benchmarks/results/<device>/search.json, skips cases that are there, and can be stopped
@@ -8,12 +8,9 @@ at any time. `--again` measures what is there anew, but for the K-means results;
 larger layers; `--table` only prints what is there.
 """
 
-import argparse
 import dataclasses
-import datetime
 import functools
 import itertools
-import json
 import os
 import sys
 import time
@@ -25,9 +22,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
+from benchmarks import records as files
 from shfl_jax import TVW, VW, ShflBW, ShflTVW, Unstructured
 from shfl_jax.patterns import Mask
 from shfl_jax.patterns._base import Pattern
@@ -236,30 +233,22 @@ def table(records: Sequence[dict[str, Any]]) -> list[Table]:
 
 def measure_all(path: Path, minutes: float, again: bool) -> dict[str, Any]:
     """Measures the cases that the file lacks until the minutes are over, and writes the file after each."""
-    deadline = time.monotonic() + 60 * minutes
-    document = _read(path)
+    document = files.read(path)
     records = {_key(r): r for r in document["records"] if r["op"] in ("search", "two_four")}
     weights = encoder_weights() | {name: synthetic(*spec) for name, spec in SYNTHETIC.items()}
     wanted = list(cases({name: weight.shape for name, weight in weights.items()}))
     wanted = [case for case in wanted if again or dataclasses.astuple(case) not in records]
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True)) as bar:
-        task = bar.add_task("search", total=len(wanted))
-        for case in wanted:
-            if time.monotonic() > deadline:
-                break
-            bar.update(task, description=f"{case.op} {case.weights} V={case.group_size} {case.sparsity:.1%}")
-            known = records.get(dataclasses.astuple(case))
-            records[dataclasses.astuple(case)] = measure(case, weights[case.weights], known)
-            others = [r for r in document["records"] if r["op"] == "search_time"]
-            document = _write(path, [*records.values(), *others])
-            bar.advance(task)
+    for case in files.until(minutes, wanted, lambda c: f"{c.op} {c.weights} V={c.group_size} {c.sparsity:.1%}"):
+        key = dataclasses.astuple(case)
+        records[key] = measure(case, weights[case.weights], records.get(key))
+        others = [r for r in document["records"] if r["op"] == "search_time"]
+        document = _write(path, [*records.values(), *others])
     return document
 
 
 def time_all(path: Path, again: bool) -> dict[str, Any]:
     """Adds times and memory of larger layers to the file."""
-    document = _read(path)
+    document = files.read(path)
     runs = jax.devices()[0].platform != "cpu"
     for shape, execute in (*((shape, True) for shape in TIMED), (COMPILED, runs)):
         for v in GROUP_SIZES:
@@ -272,16 +261,12 @@ def time_all(path: Path, again: bool) -> dict[str, Any]:
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the benchmark."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--minutes", type=float, default=60, help="end after this many minutes (default 60)")
-    parser.add_argument("--out", type=Path, help="the results file (default: that of this device)")
-    parser.add_argument("--again", action="store_true", help="measure again what is there")
+    parser = files.command_line("search", __doc__, minutes=60, again="what is there", table=True)
     parser.add_argument("--time", action="store_true", help="only measure time and memory of larger layers")
-    parser.add_argument("--table", action="store_true", help="only print the tables of the results file")
     options = parser.parse_args(argv)
-    path = options.out or Path(__file__).parent / "results" / _device() / "search.json"
+    path = files.output(parser, options, "search")
     if options.table:
-        document = _read(path)
+        document = files.read(path)
     else:
         document = time_all(path, options.again) if options.time else measure_all(path, options.minutes, options.again)
     Console().print(*table(document["records"]))
@@ -307,29 +292,10 @@ def _key(record: dict[str, Any]) -> tuple:
     return tuple(record[field.name] for field in dataclasses.fields(Case))
 
 
-def _read(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text()) if path.exists() else {"records": []}
-
-
 def _write(path: Path, records: list[dict[str, Any]]) -> dict[str, Any]:
-    """Writes the records with a new summary, the file as a whole or not at all."""
+    """Writes the records with a new summary."""
     records = [r for r in records if not r["op"].endswith("_summary")]
-    document = {
-        "device": _device(),
-        "jax": jax.__version__,
-        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-        "records": [*summary(records), *records],
-    }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    new = path.with_suffix(".new")
-    new.write_text(json.dumps(document, indent=1) + "\n")
-    new.replace(path)
-    return document
-
-
-def _device() -> str:
-    device = jax.devices()[0]
-    return "cpu" if device.platform == "cpu" else device.device_kind.lower().replace(" ", "-")
+    return files.write(path, [*summary(records), *records])
 
 
 if __name__ == "__main__":

@@ -62,7 +62,7 @@ def forward_two_four(matrix, x, bias, *, window, **kwargs):
 
 
 def heuristic(topology, window, batch: int):
-    """The config for some filters and images; measured, see docs/kernels.md."""
+    """The config for some filters and images."""
     kernel, v = hopper.kernel(), topology.group_size
     if v == 256:
         return mosaic_gpu.heuristic(v, FEW_TOKENS + 1)

@@ -7,7 +7,7 @@ slots through a ring of stages in shared memory. docs/kernels.md draws the pipel
 import dataclasses
 import functools
 import heapq
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -172,13 +172,15 @@ def product(
     optional = {"work": work, "bias": bias, "addend": addend, "pairs": pairs}
     optional = {name: a for name, a in optional.items() if a is not None}
 
-    def row_grouped_matmul(*refs):  # the kernel's name in profiles
+    def body(*refs):
         _body(*refs, config=c, v=v, m=m, n=n, tiles=tiles, programs=programs, deal=deal, given=tuple(optional),
               sentinels=sentinels, id_words=id_words, window=window, activation=activation)  # fmt: skip
 
+    # The kernel's name in profiles.
+    body.__name__ = "two_four_matmul" if packed else "row_grouped_matmul" if window is None else "row_grouped_conv"
     ring = c.stages + c.ahead
     call = plgpu.kernel(
-        row_grouped_matmul,
+        body,
         out_type=jax.ShapeDtypeStruct((m, n), x.dtype),
         scratch_types=(
             plgpu.SMEM((c.stages, c.block_k // 2 if packed else c.block_k, v), x.dtype, transforms=_tiled(v)),
@@ -190,17 +192,23 @@ def product(
             plgpu.Barrier(num_barriers=c.stages, num_arrivals=2),
             [plgpu.SMEM((c.stages, c.block_k // WORD, v), jnp.uint16, transforms=_tiled(v, 4))] if packed else [],
         ),
-        grid=(programs,),
-        grid_names=("program",),
-        num_threads=WARPGROUPS,
-        thread_name="warpgroup",
-        compiler_params=plgpu.CompilerParams(
-            approx_math=True,
-            unsafe_no_auto_barriers=True,
-            lowering_semantics=plgpu.LoweringSemantics.Lane,
-        ),
+        **launch(programs),
     )
     return call(values, columns, rows, x, *optional.values())
+
+
+def launch(programs: int) -> dict[str, Any]:
+    """How a kernel of this package is launched: `WARPGROUPS` to a program, barriers and registers in its own hands."""
+    parameters = plgpu.CompilerParams(
+        approx_math=True, unsafe_no_auto_barriers=True, lowering_semantics=plgpu.LoweringSemantics.Lane
+    )
+    return {
+        "grid": (programs,),
+        "grid_names": ("program",),
+        "num_threads": WARPGROUPS,
+        "thread_name": "warpgroup",
+        "compiler_params": parameters,
+    }
 
 
 def _tiled(width: int, rows: int = 8):
@@ -255,8 +263,8 @@ def _body(
         row_layout = plgpu.Layout.WGMMA.reduce(1)
         wait = _inline(functools.partial(ptx.wait, stages=c.stages), plain, splat)
         registers, shape = plgpu.Layout._WGMMA_ACC_32BIT, (height, wide)
-        running = plgpu.ShapeDtypeStruct(shape, jnp.float32, layout=registers)
-        finished = plgpu.ShapeDtypeStruct(shape, jnp.float32, layout=plgpu.Layout.WGMMA)
+        running = plgpu.ShapeDtypeStruct(shape, jnp.dtype(jnp.float32), layout=registers)
+        finished = plgpu.ShapeDtypeStruct(shape, jnp.dtype(jnp.float32), layout=plgpu.Layout.WGMMA)
         zeros = _inline(functools.partial(sparse.zeros, shape=shape, layout=registers), result=running)
         refs = (plgpu.RefType(transforms) for transforms in (_tiled(v), _tiled(v, 4), _tiled(c.block_tokens)))
         issue = _inline(sparse.multiply, registers, *refs, result=running)

@@ -14,8 +14,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.mosaic import _ptx as ptx
-from pallas_kernels.mosaic._forward import WARPGROUPS
 from pallas_kernels.mosaic._forward import _inline as inline
+from pallas_kernels.mosaic._forward import launch
 
 BLOCK_TOKENS = 64  # of a step: what one row of a swizzled tile holds
 
@@ -72,15 +72,7 @@ def product(columns, rows, x, dy, *, count: int, group_size: int, config: Config
             plgpu.SMEM((2 * c.stages,), jnp.int32),  # the gather's own barriers, 8 bytes each
             plgpu.Barrier(num_barriers=c.stages, num_arrivals=2),
         ),
-        grid=(programs,),
-        grid_names=("program",),
-        num_threads=WARPGROUPS,
-        thread_name="warpgroup",
-        compiler_params=plgpu.CompilerParams(
-            approx_math=True,
-            unsafe_no_auto_barriers=True,
-            lowering_semantics=plgpu.LoweringSemantics.Lane,
-        ),
+        **launch(programs),
     )
     return call(columns, rows, x, dy)
 
@@ -106,7 +98,7 @@ def _body(columns, rows, x, dy, d, a_tiles, b_tiles, gathered, empty, *, config,
         def load(ids, first, size):
             """The ids of the rows that this thread copies."""
             layout = plgpu.Layout.WG_STRIDED((size * 8,), vec_size=1)
-            kind = plgpu.ShapeDtypeStruct((size * 8,), jnp.int32, layout=layout)
+            kind = plgpu.ShapeDtypeStruct((size * 8,), jnp.dtype(jnp.int32), layout=layout)
             function = functools.partial(ptx.copied_rows, count=size, most=ids.shape[0] - 1, layout=layout)
             return layout, inline(function, plain, splat, result=kind)(ids, first)
 
@@ -164,7 +156,7 @@ def _body(columns, rows, x, dy, d, a_tiles, b_tiles, gathered, empty, *, config,
             _, first, end = place(i)
             slots = inline(
                 functools.partial(ptx.counted_rows, count=height, none=d.shape[0], layout=row_layout), splat, splat,
-                result=plgpu.ShapeDtypeStruct((height,), jnp.int32, layout=row_layout),
+                result=plgpu.ShapeDtypeStruct((height,), jnp.dtype(jnp.int32), layout=row_layout),
             )(first + warpgroup * height, end)  # fmt: skip
             store = functools.partial(ptx.store_rows, m=d.shape[0], tokens=v)
             inline(store, plain, plgpu.Layout.WGMMA, row_layout, splat)(d, out, slots, jnp.int32(0))

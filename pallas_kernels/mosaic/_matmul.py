@@ -152,7 +152,7 @@ def _has_whole_groups(topology: Topology) -> bool:
 
 
 def heuristic(group_size: int, tokens: int):
-    """The config for a group size and a number of tokens; measured, see docs/kernels.md."""
+    """The config for a group size and a number of tokens."""
     kernel = hopper.kernel()
     if group_size == 256:
         return kernel.Config(block_tokens=128, split="rows", band=4)

@@ -84,7 +84,7 @@ def forward_two_four(matrix, x, bias, *, activation, layout, precision, config=N
 
 
 def heuristic(topology, tokens: int):
-    """The config for a matrix and a number of tokens; measured, see docs/kernels.md."""
+    """The config for a matrix and a number of tokens."""
     config, v = hopper.kernel().Config, topology.group_size
     if tokens <= FEW_TOKENS and v > 64:
         # Few tokens: what a step costs beside its bytes is shared by as many slots as segments allow.
@@ -98,23 +98,6 @@ def heuristic(topology, tokens: int):
     # Half a tile takes more than half of the time: worth it only where whole ones leave multiprocessors idle.
     whole, half = (-(-topology.num_groups * -(-tokens // width) // hopper.multiprocessors()) for width in (256, 128))
     return narrow if half < 1.6 * whole else config(block_tokens=256, stages=5, split="rows", registers=(208, 88))
-
-
-def search_space(topology, tokens: int) -> tuple:
-    """The configs worth measuring, the heuristic's first."""
-    first = heuristic(topology, tokens)
-    if first.block_tokens <= FEW_TOKENS:
-        tried = [_deepest(topology, dataclasses.replace(first, block_k=block_k)) for block_k in (64, 128, 256)]
-        tried += [dataclasses.replace(c, stages=c.stages // 2) for c in tried if c.stages > 3]
-    else:
-        tried = [
-            dataclasses.replace(first, band=band, split=split, stages=stages)
-            for split in ("rows", "tokens")
-            for band in (1, 4)
-            for stages in (first.stages - 1, first.stages)
-            if topology.group_size > 64 or split == "tokens"
-        ]
-    return tuple(dict.fromkeys([first, *tried]))
 
 
 def _deepest(topology, config):

@@ -25,6 +25,9 @@ def test_the_fastest_record_of_each_kind(results):
     records = [{**r, "time_us": r["t"]} for r in records]
     (results / "cpu" / "x.json").write_text(json.dumps({"records": records}))
     assert documents.table(spec, results).splitlines()[2:] == ["| fast |", "| other |"]
+    columns = {"best": "{op}", "slow": "{slow[t]}", "fast": "{fast[t]}"}
+    spec |= {"where": {"kind": 1}, "beside": "op", "columns": columns}
+    assert documents.table(spec, results).splitlines()[2:] == ["| fast | 2 | 1 |"]
 
 
 def test_fill_replaces_only_the_block_and_is_idempotent(results):

@@ -54,6 +54,19 @@ def forward(config=None, activation=None, layout="feature_major"):
     return functools.partial(mosaic_gpu.forward, activation=activation, layout=layout, precision=None, config=config)
 
 
+def test_kernels_have_names_in_profiles():
+    matrix, x, _ = operands(64, equal=True)
+    assert "row_grouped_matmul" in lower(forward(), matrix, x, None)
+    window = windows.window((4, 4), 8, (3, 3), 1, "SAME", 1)
+    filters, images = tune.random_matrix(64, 72, 0.5, 64), jnp.zeros((8, 4, 4, 32), jnp.bfloat16)
+    filters = pk.prepare(filters, "mosaic_gpu", window)
+    convolution = functools.partial(mosaic_gpu_conv.forward, window=window, activation=None, precision=None)
+    assert "row_grouped_conv" in lower(convolution, filters, images, None)
+    topology, dy = tune.random_matrix(256, 512, 0.75, 128).topology, jnp.zeros((256, 512), jnp.bfloat16)
+    gradient = functools.partial(mosaic_gpu.grad_values, topology, layout="feature_major", precision=None)
+    assert "row_grouped_grad_values" in lower(gradient, jnp.zeros((512, 512), jnp.bfloat16), dy)
+
+
 def operands(v, dtype="bfloat16", m=300, k=200, n=520, sparsity=0.5, equal=False):
     matrix = pk.prepare(tune.random_matrix(m, k, sparsity, v, equal=equal, dtype=dtype), "mosaic_gpu")
     keys = jax.random.split(jax.random.key(0))

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import pallas_kernels as pk
-from benchmarks.two_four import Case, random_matrix
+from benchmarks.packed import random_matrix
 from pallas_kernels.triton import _configs as configs
 from pallas_kernels.triton import _matmul as triton
 from pallas_kernels.triton import _two_four as triton_two_four
@@ -28,7 +28,7 @@ CONFIGS = [None, configs.Config(16, 16, 64, split=2), configs.Config(16, 16, 32,
 def test_the_packed_kernel(pattern, m, n, dtype, config):
     if config is not None and dtype == "bfloat16":
         config = dataclasses.replace(config, block_k=256)
-    matrix = pk.prepare(random_matrix(Case(pattern, m, 64, n, 0.75, 16, dtype)), "triton")
+    matrix = pk.prepare(random_matrix(pattern, m, 64, 0.75, 16, dtype), "triton")
     x, bias = jax.random.normal(jax.random.key(1), (64, n), dtype), jnp.linspace(-1, 1, m, dtype=dtype)
     y = triton.forward_two_four(
         matrix, x, bias, activation="relu", layout="feature_major", precision="highest", config=config
@@ -42,7 +42,7 @@ def test_the_packed_kernel(pattern, m, n, dtype, config):
 
 
 def test_steps_too_short_for_the_matrix_unit_are_refused():
-    matrix = pk.prepare(random_matrix(Case("tvw", 40, 64, 8, 0.75, 16, "bfloat16")), "triton")
+    matrix = pk.prepare(random_matrix("tvw", 40, 64, 0.75, 16, "bfloat16"), "triton")
     x = jnp.ones((64, 8), jnp.bfloat16)
     with pytest.raises(NotImplementedError, match="steps of 256 slots or more"):
         triton.forward_two_four(
@@ -77,7 +77,7 @@ def test_the_expanded_matrix_and_gradients():
 
 
 def test_prepared_words_stand_for_the_same_weights():
-    canonical = random_matrix(Case("tvw", 100, 36, 1, 0.75, 16, "float32"), 3)
+    canonical = random_matrix("tvw", 100, 36, 0.75, 16, "float32", seed=3)
     prepared = pk.prepare(canonical, "triton")
     assert prepared.topology.pairs.dtype == np.uint16
     np.testing.assert_array_equal(pk.to_dense(prepared), pk.to_dense(canonical))
@@ -94,8 +94,8 @@ def forward(matrix, x, config):
 def test_every_config_lowers_for_cuda(pattern, n, dtype, monkeypatch):
     # Nothing is run here: tracing every kernel for the interpreter too would double the time.
     monkeypatch.setattr(jax.lax, "platform_dependent", lambda *args, cuda, default: cuda(*args))
-    case = Case(pattern, 256, 512, n, 0.75, 128, dtype)
-    matrix, x = pk.prepare(random_matrix(case), "triton"), jax.ShapeDtypeStruct((case.k, n), dtype)
+    matrix = pk.prepare(random_matrix(pattern, 256, 512, 0.75, 128, dtype), "triton")
+    x = jax.ShapeDtypeStruct((512, n), dtype)
     space = triton_two_four.search_space(matrix.topology, n, dtype) if n == 16 else (None,)
     with jax.sharding.use_abstract_mesh(H200):
         for config in space:
