@@ -12,6 +12,8 @@ from typing import Any
 import jax
 from jax.experimental.mosaic.gpu import profiler
 
+__all__ = ["alone", "interleaved_us", "kernel_times", "locked", "median_us", "num_sets", "queued_us"]
+
 L2_BYTES = 2 * 64 * 2**20  # inputs are rotated over more bytes than this, twice the largest L2 cache
 
 

@@ -32,6 +32,24 @@ from pallas_kernels.mosaic import _matmul as mosaic_gpu
 from pallas_kernels.triton import _configs as configs
 from pallas_kernels.triton import _matmul as triton
 
+__all__ = [
+    "IMPLEMENTATIONS",
+    "LARGEST_ERROR",
+    "LAYERS",
+    "SPREAD",
+    "TOKENS",
+    "copies",
+    "dense_products",
+    "main",
+    "problems",
+    "product",
+    "random_matrix",
+    "relative_error",
+    "search_space",
+    "triton_device",
+    "tune",
+]
+
 LAYERS = ((4096, 4096), (14336, 4096), (4096, 14336), (3072, 768), (768, 3072), (1024, 1024), (8192, 8192))
 TOKENS = (1, 8, 16, 32, 64, 128, 256, 1024, 4096)
 SPREAD = 0.42  # coefficient of variation of ragged counts, that of a one-threshold mask on a trained layer

@@ -22,7 +22,7 @@ from shfl_jax.patterns import (
 )
 from shfl_jax.sparse import (
     CheckpointError,
-    LayerTopology,
+    CompressedLayer,
     Masks,
     compress,
     decompress,
@@ -40,8 +40,8 @@ __all__ = [
     "TW",
     "VW",
     "CheckpointError",
+    "CompressedLayer",
     "LayerSpec",
-    "LayerTopology",
     "Mask",
     "Masks",
     "OneShot",

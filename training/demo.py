@@ -23,7 +23,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 import shfl_jax
 from shfl_jax import BW, VW, Pattern, ShflBW, Unstructured, pruning
-from shfl_jax.pruning._losses import bits_per_token
+from shfl_jax.pruning import bits_per_token
 from training import compare, figures, loop, text
 from training.gpt import GPT
 
@@ -112,7 +112,9 @@ def main(argv: list[str] | None = None) -> int:
     Returns:
         0, or 1 if a compressed model does not compute what the masked dense one does.
     """
-    parser = argparse.ArgumentParser(prog="shfl-jax demo", description=__doc__, epilog="Example: shfl-jax demo")
+    parser = argparse.ArgumentParser(
+        prog="python -m training.demo", description=__doc__, epilog="Example: python -m training.demo --preset gpu"
+    )
     parser.add_argument("--preset", choices=PRESETS, default="cpu", help="cpu: minutes on two cores; gpu: 3 seeds")
     parser.add_argument("--out", type=Path, default=Path("runs/demo"), help="where results go (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the first run (default: %(default)s)")

@@ -21,9 +21,9 @@ import optax
 
 import shfl_jax
 from shfl_jax import LayerSpec, Mask, Masks, Pattern
-from shfl_jax.patterns._scores import magnitude
-from shfl_jax.pruning._masking import choose_masks, keep_all, layer_kernels, zero_moments
-from shfl_jax.sparse._compress import matrices
+from shfl_jax.patterns import magnitude
+from shfl_jax.pruning import choose_masks, keep_all, layer_kernels, zero_moments
+from shfl_jax.sparse import matrices
 from training.tasks import Task
 
 Specs = dict[str, LayerSpec]

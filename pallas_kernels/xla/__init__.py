@@ -1,1 +1,3 @@
 """The products in plain XLA: every platform, every dtype, every derivative."""
+
+__all__: list[str] = []

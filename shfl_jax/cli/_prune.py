@@ -14,11 +14,10 @@ from flax import nnx
 from rich.console import Console
 
 from shfl_jax import patterns
-from shfl_jax.models._plan import Plan
-from shfl_jax.oneshot._prune import SCORES, prune_one_shot
-from shfl_jax.patterns._allocation import ALLOCATIONS
-from shfl_jax.sparse._checkpoint import save
-from shfl_jax.sparse._compress import compress
+from shfl_jax.models import Plan
+from shfl_jax.oneshot import SCORES, prune_one_shot
+from shfl_jax.patterns import ALLOCATIONS
+from shfl_jax.sparse import compress, save
 
 PATTERNS: dict[str, Any] = {
     cls.name: cls

@@ -74,7 +74,7 @@ class Plan:
 
         Args:
             params: path -> every parameter, or its shape and dtype.
-            axes: path -> `shfl_jax.axes.Axes` of every kernel that is to be pruned.
+            axes: path -> the `Axes` of every kernel that is to be pruned.
 
         Returns:
             path -> spec.

@@ -16,7 +16,9 @@ from shfl_jax._paths import path_leaves, update_paths
 from shfl_jax.models._axes import contraction_axes, split_arrays, tie_batch_axes
 from shfl_jax.models._contraction import check_convolution, contract, convolve, moved_batch_axes
 from shfl_jax.models._plan import Plan
-from shfl_jax.sparse._compress import layers, matrices
+from shfl_jax.sparse import layers, matrices
+
+__all__ = ["apply", "resolve"]
 
 
 def resolve(plan: Plan, model: nn.Module, *example_inputs: Any, **apply_kwargs: Any) -> dict[str, LayerSpec]:

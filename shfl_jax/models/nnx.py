@@ -13,8 +13,9 @@ from shfl_jax._paths import path_leaves, update_paths
 from shfl_jax.models._axes import contraction_axes, split_arrays, tie_batch_axes
 from shfl_jax.models._contraction import check_convolution, contract, convolve, moved_batch_axes
 from shfl_jax.models._plan import Plan
-from shfl_jax.sparse._compress import compress, layers, matrices
-from shfl_jax.sparse._masks import Masks
+from shfl_jax.sparse import Masks, compress, layers, matrices
+
+__all__ = ["SparseConv", "SparseLinear", "Topology", "resolve", "sparsify"]
 
 
 def resolve(plan: Plan, model: nnx.Module, *example_inputs: Any, **call_kwargs: Any) -> dict[str, LayerSpec]:

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from shfl_jax._layers import LayerSpec
-from shfl_jax.models._segments import Segment, cut
+from shfl_jax.models import Piece, cut
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,13 +87,13 @@ def calibrate(
     for state in states:
         live_shapes = tuple(map(_shape, state.live))
         held_shapes = tuple(map(_shape, held))
-        state.segments = cutter(fun, shapes, held_tree, held_shapes, state.treedef, live_shapes, layers)
-    for i, segment in enumerate(states[0].segments):
-        gram, tokens = jnp.zeros((segment.k, segment.k), jnp.float32), 0
+        state.pieces = cutter(fun, shapes, held_tree, held_shapes, state.treedef, live_shapes, layers)
+    for i, piece in enumerate(states[0].pieces):
+        gram, tokens = jnp.zeros((piece.k, piece.k), jnp.float32), 0
         for number, state in enumerate(states):
-            part = state.segments[i]
-            if part.paths != segment.paths:
-                raise ValueError(f"batch {number} runs the layers in another order: {part.paths} for {segment.paths}")
+            part = state.pieces[i]
+            if part.paths != piece.paths:
+                raise ValueError(f"batch {number} runs the layers in another order: {part.paths} for {piece.paths}")
             x, live = part.run([*params.values(), *held], state.live)
             gram, finite = _accumulate(gram, x, part.dims)
             if not finite:
@@ -101,9 +101,9 @@ def calibrate(
                     f"{' and '.join(part.paths)}: the inputs hold NaN or inf in calibration batch {number}; look at "
                     "that batch, or at the layers before this one"
                 )
-            tokens += x.size // segment.k
+            tokens += x.size // piece.k
             state.live = jax.device_get(live)
-        params |= visit(Inputs(segment.paths, gram, tokens))
+        params |= visit(Inputs(piece.paths, gram, tokens))
     return params
 
 
@@ -113,7 +113,7 @@ class _Batch:
 
     live: list[np.ndarray]
     treedef: Any
-    segments: tuple[Segment, ...] = ()
+    pieces: tuple[Piece, ...] = ()
 
 
 @functools.partial(jax.jit, static_argnums=2)

@@ -19,22 +19,19 @@ from rich.box import SIMPLE_HEAD
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-import shfl_jax.models.linen
-import shfl_jax.models.nnx
+from shfl_jax import models
 from shfl_jax._layers import LayerSpec
 from shfl_jax._paths import path_leaves, update_paths
-from shfl_jax.models._plan import Plan
+from shfl_jax.models import Plan
 from shfl_jax.oneshot._calibration import Inputs, calibrate
 from shfl_jax.oneshot._repair import inverse_diagonal, output_error
 from shfl_jax.oneshot._repair import repair as repaired
-from shfl_jax.patterns import Mask
-from shfl_jax.patterns import _scores as scores
-from shfl_jax.patterns._allocation import allocate
-from shfl_jax.patterns._allocation import mask as choose
-from shfl_jax.sparse._masks import Masks
+from shfl_jax.patterns import Mask, allocate, magnitude, obs, taylor, wanda
+from shfl_jax.patterns import mask as choose
+from shfl_jax.sparse import Masks
 
 SCORES = ("magnitude", "wanda", "obs", "taylor")
-"""What `prune_one_shot` may rank weights by; see `shfl_jax.scores`."""
+"""What `prune_one_shot` may rank weights by: the functions of these names in `shfl_jax.patterns`."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,7 +114,7 @@ def prune_one_shot(
         score: what weights are ranked by: "magnitude"; "wanda", magnitude times the input's norm; "obs", the error that
             is left after a repair; "taylor", (gradient times weight)^2.
         repair: whether kept weights are recomputed so that the layer's outputs on the calibration inputs change least.
-        damping: of the repair and of "obs"; see `shfl_jax.repair.repair`.
+        damping: of the repair and of "obs", as a fraction of the mean of the Gram matrix's diagonal. Positive.
         loss: for "taylor": `loss(params, *batch)`, a scalar.
         allocation: how sparsity is spread over layers, a `method` of `shfl_jax.allocate`. "global" compares scores that
             are taken on the dense model, and runs the calibration batches once more for them.
@@ -144,19 +141,19 @@ def prune_one_shot(
     if not given:
         raise ValueError("one-shot pruning needs at least one calibration batch; `batches` yielded none")
     if isinstance(model, nnx.Module):
-        specs = shfl_jax.nnx.resolve(plan, model, *given[0], **apply_kwargs)
+        specs = models.nnx.resolve(plan, model, *given[0], **apply_kwargs)
         graph, own, constants = nnx.split(model, nnx.Param, ...)
         params = own if params is None else params
         forward: Any = _Nnx(graph, jax.tree.structure(params), tuple(sorted(apply_kwargs.items())))
     else:
-        specs = shfl_jax.linen.resolve(plan, model, *given[0], **apply_kwargs)
+        specs = models.linen.resolve(plan, model, *given[0], **apply_kwargs)
         constants = dict(collections or {})
         forward = _Linen(model, jax.tree.structure(params), tuple(sorted(apply_kwargs.items())))
     kernels = path_leaves(params)
     _check_finite(kernels, specs)
     gradient_scores = {}
     if score == "taylor" and loss is not None:
-        gradient_scores = scores.taylor(loss, params, specs, given)
+        gradient_scores = taylor(loss, params, specs, given)
 
     def score_of(path: str, inputs: Inputs) -> jax.Array:
         _check_tokens(specs[path], inputs, repair or score == "obs")
@@ -233,10 +230,10 @@ def _choose(saliency: jax.Array, count: Any, pattern: Any) -> Mask:
 
 def _saliency(score: str, weight: jax.Array, inputs: Inputs, damping: float) -> jax.Array:
     if score == "wanda":
-        return scores.wanda(weight, inputs.norms)
+        return wanda(weight, inputs.norms)
     if score == "obs":
-        return scores.obs(weight, inverse_diagonal(inputs.gram, damping=damping))
-    return scores.magnitude(weight)
+        return obs(weight, inverse_diagonal(inputs.gram, damping=damping))
+    return magnitude(weight)
 
 
 def _describe(

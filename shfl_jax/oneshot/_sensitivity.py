@@ -14,10 +14,8 @@ from rich.table import Table
 
 from shfl_jax._layers import LayerSpec
 from shfl_jax._paths import path_leaves, update_paths
-from shfl_jax.patterns import NM
-from shfl_jax.patterns._allocation import alike, all_units, kept_units, to_sparsities
-from shfl_jax.patterns._allocation import mask as choose
-from shfl_jax.patterns._scores import magnitude
+from shfl_jax.patterns import NM, alike, all_units, kept_units, magnitude, to_sparsities
+from shfl_jax.patterns import mask as choose
 
 
 @dataclasses.dataclass(frozen=True)

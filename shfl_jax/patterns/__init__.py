@@ -1,10 +1,11 @@
 """Sparsity patterns: which weights may be pruned together, how many a layer keeps, and which."""
 
-from shfl_jax.patterns._allocation import ALLOCATIONS, allocate, mask
-from shfl_jax.patterns._base import Pattern
+from shfl_jax.patterns._allocation import ALLOCATIONS, alike, all_units, allocate, kept_units, mask, to_sparsities
+from shfl_jax.patterns._base import Pattern, group_scores, scaled
 from shfl_jax.patterns._block import BW
 from shfl_jax.patterns._mask import Mask
 from shfl_jax.patterns._nm import NM
+from shfl_jax.patterns._scores import magnitude, obs, taylor, wanda
 from shfl_jax.patterns._shuffled import ShflBW
 from shfl_jax.patterns._tile import TW
 from shfl_jax.patterns._tile_element import TEW
@@ -25,6 +26,16 @@ __all__ = [
     "ShflBW",
     "ShflTVW",
     "Unstructured",
+    "alike",
+    "all_units",
     "allocate",
+    "group_scores",
+    "kept_units",
+    "magnitude",
     "mask",
+    "obs",
+    "scaled",
+    "taylor",
+    "to_sparsities",
+    "wanda",
 ]

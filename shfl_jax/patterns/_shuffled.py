@@ -19,15 +19,15 @@ SEARCHES = ("annealing", "kmeans")
 class ShflBW(VW):
     """VW after the best row permutation found, so that rows that keep the same columns share a group.
 
-    `search="annealing"` (`shfl_jax.annealing`) maximises what the groups keep, at any sparsity and for the counts that
-    `balanced` and `min_share` ask for. It starts from the rows in order, from K-means' groups and from a previous mask,
-    and is never worse than any of them.
+    `search="annealing"` (in `shfl_jax.patterns.search`) maximises what the groups keep, at any sparsity and for the
+    counts that `balanced` and `min_share` ask for. It starts from the rows in order, from K-means' groups and from a
+    previous mask, and is never worse than any of them.
 
     `search="kmeans"` is the published search as the code of `boone891214/GaP` has it (`block_row_permuted` in
     `Transformer/prune_utils`, taken to be that of Shfl-BW, Huang et al., DAC 2022): an unstructured binary mask at
     twice the target density, size-constrained K-means over its rows, then vectors chosen on the permuted scores. That
-    code calls the package `k_means_constrained` on the host; here the clustering is `shfl_jax.permutation.kmeans`.
-    From half density on the binary mask keeps everything, and rows stay in their order.
+    code calls the package `k_means_constrained` on the host; here the clustering is `kmeans` in
+    `shfl_jax.patterns.search`. From half density on the binary mask keeps everything, and rows stay in their order.
 
     Attributes:
         sparsity: fraction of pruned vectors, in [0, 1).

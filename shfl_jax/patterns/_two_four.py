@@ -35,9 +35,9 @@ class TVW(_TwoFour, TW):
     """TW, then 2:4 along the inputs that a tile keeps (Guo et al., IEEE TC 2024, arXiv 2402.10876).
 
     Tiles keep twice the density, 2 (1 - sparsity), so that a sparsity of 0.75 is TW at 50% and then 2:4. Here outputs
-    and inputs are chosen for what 2:4 will keep of them (`shfl_jax.fours.spared_values`) rather than for all they hold,
-    tiles keep a multiple of four inputs (or all K), and the inputs of a tile are put into fours of which every row can
-    spare two (`shfl_jax.fours.order_columns`).
+    and inputs are chosen for what 2:4 will keep of them (`spared_values`) rather than for all they hold, tiles keep a
+    multiple of four inputs (or all K), and the inputs of a tile are put into fours of which every row can spare two
+    (`order_columns`, in `shfl_jax.patterns.search` like the other).
 
     A count of more than half the weights (a schedule on its way) keeps all tiles whole, two of every four weights, and
     the best of the others, ranked over the layer.

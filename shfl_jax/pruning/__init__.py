@@ -2,8 +2,8 @@
 
 from shfl_jax.pruning._admm import ADMMMemory, admm, admm_penalty
 from shfl_jax.pruning._finetune import compressed_state
-from shfl_jax.pruning._losses import distillation
-from shfl_jax.pruning._masking import PruneState
+from shfl_jax.pruning._losses import bits_per_token, distillation
+from shfl_jax.pruning._masking import PruneState, choose_masks, keep_all, layer_kernels, zero_moments
 from shfl_jax.pruning._prune import masks, prune, sparse_params
 from shfl_jax.pruning._regrow import regrow
 from shfl_jax.pruning._schedules import (
@@ -30,12 +30,16 @@ __all__ = [
     "Turn",
     "admm",
     "admm_penalty",
+    "bits_per_token",
+    "choose_masks",
     "compressed_state",
     "constant",
     "cubic",
     "cubic_fraction",
     "distillation",
     "grow_and_prune",
+    "keep_all",
+    "layer_kernels",
     "linear",
     "masks",
     "one_shot",
@@ -44,4 +48,5 @@ __all__ = [
     "sparse_params",
     "stages",
     "straight_through",
+    "zero_moments",
 ]

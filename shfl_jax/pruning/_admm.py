@@ -12,7 +12,7 @@ from shfl_jax._paths import path_leaves
 from shfl_jax.pruning._masking import Matrices, elements, float32_like, layers_of, search, soft
 from shfl_jax.pruning._prune import prune_states
 from shfl_jax.pruning._schedules import Schedule
-from shfl_jax.sparse._masks import Masks
+from shfl_jax.sparse import Masks
 
 
 class ADMMMemory(NamedTuple):
@@ -47,7 +47,8 @@ def admm(
 
     The masks in the state are those of Z: a step that the schedule names begins with new ones, step 0 with those that
     `init` finds. Parameters stay dense and moments are left alone; evaluate and compress
-    `shfl_jax.pruning.sparse_params`, then fine-tune. A layer with a non-finite weight keeps its mask, Z and U and counts that in `PruneState.skipped`.
+    `shfl_jax.pruning.sparse_params`, then fine-tune. A layer with a non-finite weight keeps its mask, Z and U and
+    counts that in `PruneState.skipped`.
 
     Args:
         inner: the optimizer.

@@ -10,7 +10,7 @@ import optax
 
 from shfl_jax._paths import update_paths
 from shfl_jax.pruning._prune import masks, prune_states
-from shfl_jax.sparse._compress import compress_kernel, matrices
+from shfl_jax.sparse import compress_kernel, matrices
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,10 +12,9 @@ import optax
 
 from shfl_jax._layers import LayerSpec
 from shfl_jax._paths import path_leaves, update_paths
-from shfl_jax.patterns import Mask, Pattern, ShflBW
-from shfl_jax.patterns._allocation import allocate
+from shfl_jax.patterns import Mask, Pattern, ShflBW, allocate
 from shfl_jax.pruning._schedules import LayerSchedule, RowSchedule, Schedule
-from shfl_jax.sparse._masks import Masks
+from shfl_jax.sparse import Masks
 
 BATCH_WEIGHTS = 2**26
 """Weights of equal layers that one batch of the mask search takes: bounds its memory, and fills an accelerator."""

@@ -9,10 +9,10 @@ import optax
 from flax import nnx
 
 from shfl_jax._layers import LayerSpec
-from shfl_jax.patterns._scores import magnitude
+from shfl_jax.patterns import magnitude
 from shfl_jax.pruning._masking import Matrices, PruneState, float32_like, hard, layers_of, search
 from shfl_jax.pruning._schedules import Schedule
-from shfl_jax.sparse._masks import Masks
+from shfl_jax.sparse import Masks
 
 SCORES = ("magnitude", "taylor")
 

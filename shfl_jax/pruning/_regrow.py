@@ -7,12 +7,10 @@ import jax.numpy as jnp
 import optax
 
 from shfl_jax._layers import LayerSpec
-from shfl_jax.patterns import VW, Mask, ShflTVW
-from shfl_jax.patterns._base import group_scores, scaled
-from shfl_jax.patterns._scores import magnitude
+from shfl_jax.patterns import VW, Mask, ShflTVW, group_scores, magnitude, scaled
 from shfl_jax.pruning._masking import Matrices, hard, layers_of, search
 from shfl_jax.pruning._schedules import Constant, Schedule
-from shfl_jax.sparse._masks import Masks
+from shfl_jax.sparse import Masks
 
 
 def regrow(

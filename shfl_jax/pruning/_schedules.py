@@ -66,7 +66,7 @@ class LayerSchedule(Protocol):
 
 
 @dataclasses.dataclass(frozen=True)
-class OneShot:
+class Once:
     """The whole target at one step. Build it with `one_shot`.
 
     Attributes:
@@ -267,13 +267,13 @@ class GrowAndPrune:
         return found
 
 
-def one_shot(step: int = 0) -> OneShot:
+def one_shot(step: int = 0) -> Once:
     """Prunes to the target at one step.
 
     Raises:
         ValueError: a negative step.
     """
-    return OneShot(step)
+    return Once(step)
 
 
 def cubic_fraction(passed: Any) -> Any:

@@ -10,7 +10,7 @@ import optax
 from shfl_jax._layers import LayerSpec
 from shfl_jax.pruning._masking import Matrices, elements, layers_of, search, soft
 from shfl_jax.pruning._schedules import Schedule
-from shfl_jax.sparse._masks import Masks
+from shfl_jax.sparse import Masks
 
 
 def straight_through(

@@ -24,7 +24,7 @@ import orbax.checkpoint as ocp
 
 from pallas_kernels import Topology, row_grouped
 from shfl_jax._paths import path_leaves
-from shfl_jax.sparse._compress import LayerTopology, layers, matrices, nest
+from shfl_jax.sparse._compress import CompressedLayer, layers, matrices, nest
 from shfl_jax.sparse._serialization import decode_spec, encode_spec
 
 VERSION = 1
@@ -138,9 +138,9 @@ def load(path: str | os.PathLike[str]) -> dict[str, Any]:
                 assert rows is not None
                 matrix = row_grouped(flat["params"][name], columns, group_ptr, rows, *pairs, m=m, k=k)
                 integers = matrix.topology
-                if _describe(LayerTopology(integers, spec))["V"] != entry["V"]:
+                if _describe(CompressedLayer(integers, spec))["V"] != entry["V"]:
                     raise ValueError(f"the header says V={entry['V']}, the values {matrix.values.shape} another")
-            topology[name] = LayerTopology(integers, spec, entry["dense_because"], tuple(entry["tokens"]))
+            topology[name] = CompressedLayer(integers, spec, entry["dense_because"], tuple(entry["tokens"]))
         except (ValueError, KeyError, TypeError) as error:
             raise CheckpointError(f"{path}: layer {name!r} is damaged; save the model again ({error})") from error
     return {**trees, "topology": nest(topology)}
@@ -154,7 +154,7 @@ def _is_canonical(topology: Topology) -> bool:
     return all(getattr(topology, field.name) is field.default for field in optional if field.name != "pairs")
 
 
-def _describe(layer: LayerTopology) -> dict[str, Any]:
+def _describe(layer: CompressedLayer) -> dict[str, Any]:
     m, k = layer.spec.matrix_shape
     return {
         "spec": encode_spec(layer.spec),

@@ -25,7 +25,7 @@ SLOWEST = 0.97  # of the speed of dense: below it a layer stays dense
     jax.tree_util.register_dataclass, data_fields=["topology"], meta_fields=["spec", "dense_because", "tokens"]
 )
 @dataclasses.dataclass(frozen=True)
-class LayerTopology:
+class CompressedLayer:
     """What compression knows of one layer; the leaf of the 'topology' tree at the path of its kernel.
 
     Attributes:
@@ -66,7 +66,7 @@ def compress(
     Returns:
         {'params': the tree with values (*batch, P, V) in place of compressed kernels (*batch are the spec's batch axes;
         slices are padded to the longest; everything else is the same object), 'topology': nested dicts with a
-        `LayerTopology` at the path of every masked kernel}.
+        `CompressedLayer` at the path of every masked kernel}.
 
     Raises:
         ValueError: the tree lacks a layer; a kernel or mask has a wrong shape or dtype; a kernel holds NaN or inf; one
@@ -93,16 +93,16 @@ def compress(
         reason = _why_dense(mask, spec)
         if reason:
             values[spec.path] = spec.from_matrix(jnp.where(mask.elements(), weight, 0))
-            topology[spec.path] = LayerTopology(None, spec, reason, expected)
+            topology[spec.path] = CompressedLayer(None, spec, reason, expected)
         else:
             matrix = compress_kernel(weight, mask)
             reason = _why_slower(matrix, spec, expected, jnp.dtype(dtype or matrix.dtype).name)
             if reason:
                 values[spec.path] = spec.from_matrix(jnp.where(mask.elements(), weight, 0))
-                topology[spec.path] = LayerTopology(None, spec, reason, expected)
+                topology[spec.path] = CompressedLayer(None, spec, reason, expected)
                 continue
             values[spec.path] = matrix.values
-            topology[spec.path] = LayerTopology(matrix.topology, spec, "", expected)
+            topology[spec.path] = CompressedLayer(matrix.topology, spec, "", expected)
     return {"params": update_paths(params, values), "topology": nest(topology)}
 
 
@@ -165,15 +165,15 @@ def prepare(sparse: Mapping[str, Any], implementation: str | None = None) -> dic
     return {**sparse, "params": update_paths(sparse["params"], values), "topology": nest(found)}
 
 
-def layers(sparse: Mapping[str, Any]) -> dict[str, LayerTopology]:
-    """The masked layers of a compressed model: path -> `LayerTopology`.
+def layers(sparse: Mapping[str, Any]) -> dict[str, CompressedLayer]:
+    """The masked layers of a compressed model: path -> `CompressedLayer`.
 
     Raises:
         ValueError: this is no compressed model.
     """
     if "params" not in sparse or "topology" not in sparse:
         raise ValueError(f"expected the {{'params', 'topology'}} of `compress` or `load`, got keys {sorted(sparse)}")
-    return path_leaves(sparse["topology"], is_leaf=lambda node: isinstance(node, LayerTopology))
+    return path_leaves(sparse["topology"], is_leaf=lambda node: isinstance(node, CompressedLayer))
 
 
 def matrices(sparse: Mapping[str, Any]) -> dict[str, RowGrouped]:

@@ -16,7 +16,7 @@ from rich.table import Table
 import pallas_kernels
 from pallas_kernels import RowGrouped
 from shfl_jax._paths import path_leaves
-from shfl_jax.sparse._compress import LayerTopology, layers, matrices
+from shfl_jax.sparse._compress import CompressedLayer, layers, matrices
 
 
 @dataclasses.dataclass(frozen=True)
@@ -153,7 +153,7 @@ def report(sparse: Mapping[str, Any], tokens: int | Sequence[int] | None = None)
     return Report(tuple(rows), jax.devices()[0].device_kind)
 
 
-def _dense(path: str, layer: LayerTopology, kernel: jax.Array) -> LayerReport:
+def _dense(path: str, layer: CompressedLayer, kernel: jax.Array) -> LayerReport:
     m, k = layer.spec.matrix_shape
     sparsity = float(np.mean(np.asarray(kernel) == 0))
     size, batch = kernel.nbytes, kernel.size // (m * k)
@@ -161,7 +161,7 @@ def _dense(path: str, layer: LayerTopology, kernel: jax.Array) -> LayerReport:
     return LayerReport(path, layer.spec.pattern.name, batch, m, k, None, sparsity, "-", size, size, "dense", why)
 
 
-def _compressed(path: str, layer: LayerTopology, matrix: RowGrouped) -> LayerReport:
+def _compressed(path: str, layer: CompressedLayer, matrix: RowGrouped) -> LayerReport:
     topology, (m, k) = matrix.topology, matrix.shape
     stored = topology.counts if topology.counts is not None else jnp.diff(topology.group_ptr, axis=-1)
     counts = np.asarray(stored).reshape(-1, topology.num_groups)

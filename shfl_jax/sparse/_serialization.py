@@ -12,7 +12,7 @@ from pallas_kernels import RowGrouped, Topology
 from pallas_kernels._window import Window
 from shfl_jax._layers import LayerSpec
 from shfl_jax.patterns import Pattern
-from shfl_jax.sparse._compress import LayerTopology
+from shfl_jax.sparse._compress import CompressedLayer
 
 
 def encode_spec(spec: LayerSpec) -> dict[str, Any]:
@@ -49,11 +49,16 @@ def _subclasses(kind: type) -> Iterator[Any]:
         yield from _subclasses(child)
 
 
-def _register(kind: type) -> None:
-    """Lets `jax.export` store a dataclass that is a pytree: its static fields become JSON."""
+def _register(kind: type, name: str) -> None:
+    """Lets `jax.export` store a dataclass that is a pytree: its static fields become JSON.
+
+    Args:
+        kind: the dataclass.
+        name: what exported programs call it. It is part of the files, so it outlives the class's own name.
+    """
     names = [field.name for field in dataclasses.fields(kind)]
-    data = jax.tree.leaves(kind(**{name: name for name in names}))  # the fields that the pytree holds as children
-    meta = [name for name in names if name not in data]
+    data = jax.tree.leaves(kind(**{field: field for field in names}))  # the fields that the pytree holds as children
+    meta = [field for field in names if field not in data]
 
     def encode(aux_data: tuple[Any, ...]) -> bytes:
         return json.dumps([_encoded(v) for v in aux_data]).encode()
@@ -66,7 +71,7 @@ def _register(kind: type) -> None:
 
     export.register_pytree_node_serialization(
         kind,
-        serialized_name=f"shfl_jax.{kind.__name__}",
+        serialized_name=f"shfl_jax.{name}",
         serialize_auxdata=encode,
         deserialize_auxdata=decode,
         from_children=from_children,
@@ -93,5 +98,6 @@ def _tuples(value: Any) -> Any:
     return tuple(map(_tuples, value)) if isinstance(value, list) else value
 
 
-for _kind in (Topology, RowGrouped, LayerTopology):
-    _register(_kind)
+_register(Topology, "Topology")
+_register(RowGrouped, "RowGrouped")
+_register(CompressedLayer, "LayerTopology")  # its name when programs were first exported

@@ -5,7 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from shfl_jax.pruning._losses import bits_per_token
+from shfl_jax.pruning import bits_per_token
 from training import text
 from training.gpt import GPT
 from training.loop import sample_windows

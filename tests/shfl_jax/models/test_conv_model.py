@@ -201,7 +201,7 @@ def test_masks_of_patterns(x):
     masks = Masks(found, tuple(specs.values()))
     sparse = shfl_jax.compress(params, masks)
     reasons = {path.split("/")[0]: layer.dense_because for path, layer in shfl_jax.path_leaves(
-        sparse["topology"], lambda node: isinstance(node, shfl_jax.LayerTopology)).items()}  # fmt: skip
+        sparse["topology"], lambda node: isinstance(node, shfl_jax.CompressedLayer)).items()}  # fmt: skip
     assert {name for name, reason in reasons.items() if reason} == {"nm", "tew"}
     expected = jax.jit(model.apply)({"params": masks.apply(params)}, x)
     close(jax.jit(lambda v, x: linen.apply(model, v, x))(sparse, x), expected)

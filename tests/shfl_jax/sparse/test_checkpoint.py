@@ -139,7 +139,7 @@ def test_foreign_places_and_prepared_models_are_not_saved(tmp_path, sparse):
     assert (tmp_path / "notes.txt").read_text() == "mine"
     entry = sparse["topology"]["mlp"]["kernel"]
     counts = jnp.diff(entry.topology.group_ptr)
-    prepared = shfl_jax.LayerTopology(type(entry.topology)(**{**vars(entry.topology), "counts": counts}), entry.spec)
+    prepared = shfl_jax.CompressedLayer(type(entry.topology)(**{**vars(entry.topology), "counts": counts}), entry.spec)
     with pytest.raises(ValueError, match=r"mlp/kernel: .*not `prepare`"):
         shfl_jax.save(tmp_path / "model", {**sparse, "topology": {"mlp": {"kernel": prepared}}})
     assert not (tmp_path / "model").exists()

@@ -17,7 +17,7 @@ _FIX = "Map it to None in the plan to keep it dense"
 
 
 @dataclasses.dataclass(frozen=True)
-class Segment:
+class Piece:
     """The part of the model that ends where some layers read their inputs.
 
     Attributes:
@@ -42,7 +42,7 @@ def cut(
     batch_tree: Any,
     batch: tuple[Any, ...],
     specs: tuple[LayerSpec, ...],
-) -> tuple[Segment, ...]:
+) -> tuple[Piece, ...]:
     """Traces a model and cuts it before every product with a kernel of interest.
 
     Args:
@@ -55,7 +55,7 @@ def cut(
         specs: the layers of interest.
 
     Returns:
-        The segments in execution order, up to the last layer of interest.
+        The pieces in execution order, up to the last layer of interest.
 
     Raises:
         ValueError: a layer that never runs, or contracts other axes than its spec says.
@@ -77,7 +77,7 @@ def cut(
     # Traced a second time with calls around kernels opened up and the cuts marked by named identities.
     marked = jax.make_jaxpr(lambda *args: cutter.evaluate(traced.jaxpr, traced.consts, args, labels)[0])(*shapes)
     cutter.check()
-    return _segments(marked, cutter.cuts, len(names) + len(constants))
+    return _pieces(marked, cutter.cuts, len(names) + len(constants))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -189,30 +189,30 @@ class _Cutter:
         return marked
 
 
-def _segments(closed: Any, cuts: list[_Place], num_given: int) -> tuple[Segment, ...]:
+def _pieces(closed: Any, cuts: list[_Place], num_given: int) -> tuple[Piece, ...]:
     jaxpr = closed.jaxpr
     given, live = list(jaxpr.invars[:num_given]), list(jaxpr.invars[num_given:])
     consts = dict(zip(jaxpr.constvars, closed.consts, strict=True))
     varying = set(live)
-    fixed, pieces = [], [[]]  # equations that depend on no batch are evaluated again where they are needed
+    fixed, parts = [], [[]]  # equations that depend on no batch are evaluated again where they are needed
     for eqn in jaxpr.eqns:
         if not any(isinstance(var, core.Var) and var in varying for var in eqn.invars):
             fixed.append(eqn)
             continue
         varying.update(eqn.outvars)
-        pieces[-1].append(eqn)
+        parts[-1].append(eqn)
         if eqn.primitive.name == "name" and str(eqn.params["name"]).startswith(_MARK):
-            pieces.append([])
-    segments = []
+            parts.append([])
+    pieces = []
     for i, cut in enumerate(cuts):
-        later = {var for piece in pieces[i + 1 : len(cuts)] for eqn in piece for var in _variables(eqn)}
-        made = dict.fromkeys([*live, *(var for eqn in pieces[i] for var in eqn.outvars)])
+        later = {var for part in parts[i + 1 : len(cuts)] for eqn in part for var in _variables(eqn)}
+        made = dict.fromkeys([*live, *(var for eqn in parts[i] for var in eqn.outvars)])
         after = [var for var in made if var in later]
-        target = pieces[i][-1].outvars[0]
-        run = jax.jit(functools.partial(_run, consts, fixed + pieces[i], given, live, target, after))
-        segments.append(Segment(tuple(cut.paths), cut.dims, cut.k, run))
+        target = parts[i][-1].outvars[0]
+        run = jax.jit(functools.partial(_run, consts, fixed + parts[i], given, live, target, after))
+        pieces.append(Piece(tuple(cut.paths), cut.dims, cut.k, run))
         live = after
-    return tuple(segments)
+    return tuple(pieces)
 
 
 def _run(
