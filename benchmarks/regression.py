@@ -122,6 +122,13 @@ def compare(before: pathlib.Path, only: str) -> list[dict[str, Any]]:
     return records
 
 
+def summary(records: list[dict[str, Any]]) -> dict[str, Any]:
+    """What the records of all cases say together."""
+    ratios = [record["ratio"] for record in records]
+    return {"op": "regression_summary", "cases": len(ratios), "ratio": statistics.geometric_mean(ratios),
+            "least": min(ratios), "most": max(ratios)}  # fmt: skip
+
+
 def main() -> int:
     """Command line; returns its exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -140,12 +147,12 @@ def main() -> int:
 
     records = compare(options.before.resolve(), options.only)
     device = tune.triton_device().lower().replace(" ", "-")
-    write(options.out or RESULTS / device / "regression.json", records)
+    found = summary(records)
+    write(options.out or RESULTS / device / "regression.json", [found, *records])
     for record in records:
         print(f"{record['case']}: {record['before_us']:.1f} -> {record['time_us']:.1f} us ({record['ratio']:.3f})")
     slower = [record["case"] for record in records if record["ratio"] > MOST]
-    print(f"{len(records)} cases, geometric mean {statistics.geometric_mean(r['ratio'] for r in records):.3f}; "
-          f"over {MOST}: {', '.join(slower) or 'none'}")  # fmt: skip
+    print(f"{found['cases']} cases, geometric mean {found['ratio']:.3f}; over {MOST}: {', '.join(slower) or 'none'}")
     return bool(slower)
 
 
