@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax
@@ -14,7 +14,7 @@ from pallas_kernels import RowGrouped
 from shfl_jax._layers import LayerSpec
 from shfl_jax._paths import path_leaves, update_paths
 from shfl_jax.models._axes import contraction_axes, split_arrays, tie_batch_axes
-from shfl_jax.models._contraction import check_convolution, contract, convolve, moved_batch_axes
+from shfl_jax.models._contraction import as_tuple, check_convolution, contract, convolve, moved_batch_axes
 from shfl_jax.models._plan import Plan
 from shfl_jax.sparse import layers, matrices
 
@@ -149,15 +149,11 @@ def _run_compressed(call: Callable[..., Any], args: Any, kwargs: Any, context: n
         x,
         bias,
         spec,
-        axis=_tuple(getattr(module, "axis", -1)),
-        features=_tuple(module.features),
-        batch_dims=_tuple(getattr(module, "batch_dims", ())),
+        axis=as_tuple(getattr(module, "axis", -1)),
+        features=as_tuple(module.features),
+        batch_dims=as_tuple(getattr(module, "batch_dims", ())),
         precision=module.precision,
     )
-
-
-def _tuple(axes: int | Sequence[int]) -> tuple[int, ...]:
-    return (axes,) if isinstance(axes, int) else tuple(axes)
 
 
 def _tie_batch_axes(call: Callable[..., Any], args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:

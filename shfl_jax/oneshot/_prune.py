@@ -6,7 +6,6 @@ inputs.
 """
 
 import dataclasses
-import functools
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -184,7 +183,7 @@ def prune_one_shot(
                 spec = specs[path]
                 weight = spec.to_matrix(jnp.asarray(kernels[path]))
                 saliency = score_of(path, inputs)
-                masks[path] = _choose(saliency, counts[path], spec.pattern)
+                masks[path] = choose(saliency, spec.pattern, counts[path])
                 masked = jnp.where(masks[path].elements(), weight, 0)
                 final = repaired(weight, masks[path], inputs.gram, damping=damping) if repair else masked
                 layers.append(_describe(spec, masks[path], saliency, weight, masked, final, inputs))
@@ -221,11 +220,6 @@ class _Nnx:
     def __call__(self, params: dict[str, jax.Array], constants: Any, *batch: Any) -> Any:
         tree = jax.tree.unflatten(self.structure, list(params.values()))
         return nnx.merge(self.graph, tree, constants)(*batch, **dict(self.kwargs))
-
-
-@functools.partial(jax.jit, static_argnums=2)
-def _choose(saliency: jax.Array, count: Any, pattern: Any) -> Mask:
-    return choose(saliency, pattern, count)
 
 
 def _saliency(score: str, weight: jax.Array, inputs: Inputs, damping: float) -> jax.Array:

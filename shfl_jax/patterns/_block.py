@@ -26,7 +26,7 @@ class BW(base.Pattern):
     name: ClassVar[str] = "bw"
 
     def __post_init__(self) -> None:
-        base.check_sparsity(self.sparsity)
+        super().__post_init__()
         base.check_sizes(self, "block_size")
 
     @property

@@ -48,7 +48,7 @@ class TW(base.Pattern):
     name: ClassVar[str] = "tw"
 
     def __post_init__(self) -> None:
-        base.check_sparsity(self.sparsity)
+        super().__post_init__()
         base.check_sizes(self, "tile_size")
 
     @property

@@ -32,7 +32,7 @@ class VW(base.Pattern):
     name: ClassVar[str] = "vw"
 
     def __post_init__(self) -> None:
-        base.check_sparsity(self.sparsity)
+        super().__post_init__()
         base.check_sizes(self, "group_size")
         if not 0 <= self.min_share <= 1:
             raise base.field_error(self, "min_share", "lie in [0, 1]")
@@ -65,19 +65,6 @@ class VW(base.Pattern):
             sums = jnp.sort(sums, axis=1, descending=True).mean(0)
         return base.rank_keys(sums).reshape(-1)
 
-    def count(
-        self,
-        shape: tuple[int, ...],
-        sparsity: float | jax.Array | None = None,
-        fraction: float | jax.Array = 1.0,
-    ) -> jax.Array:
-        """See `Pattern.count`. A multiple of R if balanced."""
-        count = super().count(shape, sparsity, fraction)
-        return self._per_group(count, self.num_groups(shape[0])) * self.num_groups(shape[0]) if self.balanced else count
-
-    def _per_group(self, count: jax.Array | int, groups: int) -> jax.Array:
-        return (jnp.asarray(count, jnp.int32) + groups // 2) // groups
-
     def mask(self, scores: jax.Array, count: jax.Array | int, previous: Mask | None = None) -> Mask:
         """See `Pattern.mask`; a unit is one vector, vectors are numbered along K first."""
         base.check_shape(self, scores.shape)
@@ -95,7 +82,7 @@ class VW(base.Pattern):
         keys = base.rank_keys(sums)
         top_of_groups = jax.vmap(base.top, in_axes=(0, None))
         if self.balanced:
-            return top_of_groups(keys, self._per_group(count, groups))
+            return top_of_groups(keys, (jnp.asarray(count, jnp.int32) + groups // 2) // groups)
         if self.min_share:
             floor = base.scaled(jnp.asarray(count, jnp.int32) // groups, self.min_share)
             keys = jnp.where(top_of_groups(keys, floor), base.ALWAYS, keys)

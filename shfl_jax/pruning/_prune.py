@@ -82,7 +82,6 @@ def prune(
             averages[path] = jnp.where(jnp.isfinite(effect).all(), new, old)
         return averages
 
-    inner = optax.with_extra_args_support(inner)
     if score == "magnitude":
         return hard(inner, layers, schedule, scores=magnitudes, find=find)
     return hard(

@@ -76,7 +76,7 @@ def regrow(
             found[path] = move(spec.pattern, *scores[path], masks[path], share, pruned[path])
         return found
 
-    return hard(optax.with_extra_args_support(inner), layers, schedule, scores=scores, find=find)
+    return hard(inner, layers, schedule, scores=scores, find=find)
 
 
 def _exchange(

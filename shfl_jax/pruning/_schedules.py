@@ -342,7 +342,7 @@ def stages(steps: Sequence[int], sparsities: Sequence[float], search: bool = Fal
         ValueError: no stage, lists of different lengths, steps that do not ascend from 0 or later, or sparsities that
             fall or do not lie in (0, 1].
     """
-    steps, sparsities = tuple(int(s) for s in steps), tuple(float(s) for s in sparsities)
+    steps, sparsities = tuple(map(int, steps)), tuple(map(float, sparsities))
     if not steps or len(steps) != len(sparsities):
         raise ValueError(
             f"stages need one sparsity for each step, got {len(steps)} steps, {len(sparsities)} sparsities"

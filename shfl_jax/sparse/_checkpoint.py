@@ -128,14 +128,11 @@ def load(path: str | os.PathLike[str]) -> dict[str, Any]:
             spec = decode_spec(entry["spec"])
             integers = None
             if not entry["dense_because"]:
-                parts = [flat["topology"].get(f"{name}/{field}") for field in _INTEGERS]
+                parts: list[Any] = [flat["topology"].get(f"{name}/{field}") for field in _INTEGERS]
                 if any(part is None for part in parts[:3]):
                     raise ValueError("its topology lacks an array")
                 m, k = spec.matrix_shape
                 columns, group_ptr, rows, *pairs = parts
-                assert columns is not None
-                assert group_ptr is not None
-                assert rows is not None
                 matrix = row_grouped(flat["params"][name], columns, group_ptr, rows, *pairs, m=m, k=k)
                 integers = matrix.topology
                 if _describe(CompressedLayer(integers, spec))["V"] != entry["V"]:

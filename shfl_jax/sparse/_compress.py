@@ -90,17 +90,14 @@ def compress(
             raise ValueError(f"the parameters have no {spec.path!r}; pass the tree that the specs were resolved from")
         mask = masks[spec.path]
         weight = _checked_weight(kernels[spec.path], mask, spec)
-        reason = _why_dense(mask, spec)
-        if reason:
+        reason, matrix = _why_dense(mask, spec), None
+        if not reason:
+            matrix = compress_kernel(weight, mask)
+            reason = _why_slower(matrix, spec, expected, jnp.dtype(dtype or matrix.dtype).name)
+        if reason or matrix is None:
             values[spec.path] = spec.from_matrix(jnp.where(mask.elements(), weight, 0))
             topology[spec.path] = CompressedLayer(None, spec, reason, expected)
         else:
-            matrix = compress_kernel(weight, mask)
-            reason = _why_slower(matrix, spec, expected, jnp.dtype(dtype or matrix.dtype).name)
-            if reason:
-                values[spec.path] = spec.from_matrix(jnp.where(mask.elements(), weight, 0))
-                topology[spec.path] = CompressedLayer(None, spec, reason, expected)
-                continue
             values[spec.path] = matrix.values
             topology[spec.path] = CompressedLayer(matrix.topology, spec, "", expected)
     return {"params": update_paths(params, values), "topology": nest(topology)}
