@@ -211,7 +211,7 @@ def _train_task(
             progress.update(bar, description=f"{task.name}: {case.label} {case.sparsity:.1%}")
             renewal = renewals[case.label].result() if case.label in renewals else None
             start = begin if case is wanted[0] else time.monotonic()
-            # What is trained on is given up, so it gets a copy.
+            # Training donates its models, so it gets a copy.
             found = _train_case(
                 programs,
                 case,

@@ -1,4 +1,4 @@
-"""What `DenseGeneral` and `Conv` do, with a compressed kernel; Linen and NNX share it."""
+"""`DenseGeneral` and `Conv` with a compressed kernel, shared by Linen and NNX."""
 
 import math
 from collections.abc import Sequence
@@ -140,7 +140,7 @@ def convolve(
 
 
 def check_convolution(layer: Any, spec: LayerSpec) -> None:
-    """Checks that `convolve` does all that a Flax `Conv`, Linen's or NNX's, does.
+    """Checks that `convolve` supports what a Flax `Conv`, of Linen or NNX, is set to do.
 
     Raises:
         NotImplementedError: a mask of its own, or a dilated input; the text names the layer and the fix.

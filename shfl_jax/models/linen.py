@@ -62,11 +62,11 @@ def resolve(plan: Plan, model: nn.Module, *example_inputs: Any, **apply_kwargs: 
 
 
 def apply(model: nn.Module, variables: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
-    """Runs a model with compressed kernels; like `model.apply`, and like it to be jitted by the caller.
+    """Runs a model with compressed kernels. Like `model.apply`, it is for the caller to jit.
 
     Calls of `nn.Dense`, `nn.DenseGeneral` (attention's projections too) and `nn.Conv` whose kernel is compressed become
     row-grouped products and convolutions; everything else, layers left dense included, runs as it is. `method=`,
-    `rngs=`, `mutable=`, `nn.scan`, `nn.vmap` and `nn.remat` work as ever. Differentiable with respect to
+    `rngs=`, `mutable=`, `nn.scan`, `nn.vmap` and `nn.remat` work as usual. Differentiable with respect to
     `variables['params']`.
 
     Args:

@@ -1,8 +1,7 @@
 """One-shot pruning: a trained model and a few calibration batches in, masks and repaired weights out.
 
 Layers are pruned in the order in which the model runs them, and every layer is calibrated on the outputs of the layers
-already pruned: a repair then also sees the inputs it will get. The targets are the layer's own dense weights on those
-inputs.
+already pruned, so that a repair sees the inputs the layer will get. The target is what its dense weights make of them.
 """
 
 import dataclasses
@@ -150,9 +149,7 @@ def prune_one_shot(
         forward = _Linen(model, jax.tree.structure(params), tuple(sorted(apply_kwargs.items())))
     kernels = path_leaves(params)
     _check_finite(kernels, specs)
-    gradient_scores = {}
-    if score == "taylor" and loss is not None:
-        gradient_scores = taylor(loss, params, specs, given)
+    gradient_scores = taylor(loss, params, specs, given) if score == "taylor" and loss is not None else {}
 
     def score_of(path: str, inputs: Inputs) -> jax.Array:
         _check_tokens(specs[path], inputs, repair or score == "obs")

@@ -21,9 +21,9 @@ class Limits(NamedTuple):
     """How many units every slice of a layer keeps; int32 scalars, traced or not.
 
     Attributes:
-        least: at least.
-        count: on its own; its part in what layers that are ranked together keep.
-        most: at most.
+        least: the fewest.
+        count: when pruned on its own; layers that are ranked together share the sum of their counts.
+        most: the most.
     """
 
     least: jax.Array
@@ -67,7 +67,7 @@ class Pattern(abc.ABC):
             previous: an earlier mask of the layer, from which patterns that search may start.
 
         Returns:
-            The mask. Equal scores are settled in favour of the lower index.
+            The mask. Ties go to the lower index.
         """
 
     @property
@@ -80,7 +80,7 @@ class Pattern(abc.ABC):
         return min(1, self.units(shape))
 
     def step(self, shape: tuple[int, ...]) -> int:
-        """What numbers of kept units are multiples of."""
+        """The number that counts of kept units are multiples of."""
         return 1
 
     def unit_keys(self, scores: jax.Array) -> jax.Array:
@@ -102,8 +102,8 @@ class Pattern(abc.ABC):
             limits: of each layer.
 
         Returns:
-            For each layer, the counts of its slices (B,) as `mask` takes them. They sum up to all layers' own counts,
-            short of at most one unit (`step` units), unless the limits say otherwise.
+            For each layer, the counts of its slices (B,) as `mask` takes them. Their sum is that of the layers' own
+            counts, less at most one unit (`step` units), unless the limits prevent it.
         """
         keys = [jax.vmap(self.unit_keys)(s) for s in scores]
         return rank_together(keys, [self.step(s.shape[1:]) for s in scores], limits)
@@ -152,7 +152,7 @@ def check_shape(pattern: Pattern, shape: tuple[int, ...]) -> None:
 
 
 def scaled(number: int | jax.Array, factor: float | jax.Array) -> int | jax.Array:
-    """The integer nearest to `number * factor`, exact to one unit where float32 would not be.
+    """The integer nearest to `number * factor`, to within one, where float32 would be off by more.
 
     Args:
         number: an integer in [0, 2^31); may be traced.
@@ -253,7 +253,7 @@ def rank_together(
 
 def _clipped_sum(parts: jax.Array) -> jax.Array:
     """The sum of int32 numbers, clipped to their range: a model may have more weights than they count."""
-    # Integers wrap silently, but a float knows when they have.
+    # A sum of int32 numbers wraps around silently; one of float32 numbers shows when it does.
     size = jnp.sum(parts.astype(jnp.float32))
     exact = jnp.sum(parts, dtype=jnp.int32)
     return jnp.where(jnp.abs(size) < 2**31 - 2**20, exact, jnp.where(size > 0, ALWAYS, -ALWAYS))

@@ -14,7 +14,7 @@ from shfl_jax.patterns._tile import TW, nearest
 from shfl_jax.patterns.search import _fours as fours
 
 PASSES = 2
-"""How often columns are chosen: for the medians of all columns first, then for those of the columns chosen."""
+"""How often columns are chosen: first by medians over all columns, then by medians over the chosen ones."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,7 +72,7 @@ class TVW(_TwoFour, TW):
         base.check_shape(self, scores.shape)
         (m, k), v = scores.shape, self.tile_size
         budget = _doubled(count, m * k)
-        # Before there are tiles, a row of its own is the group; TW sums squares, so the roots make it sum the values.
+        # There are no tiles yet, so every row is a group of its own. TW sums squares, hence the square roots.
         values = fours.spared_values(scores, base.padded_rows(m, 1), jnp.ones((m, k), bool), 1)
         tiles = TW.mask(self, jnp.sqrt(values), budget)
         sizes = jnp.sum((tiles.rows < m).reshape(-1, v), axis=1, dtype=jnp.int32)
@@ -90,7 +90,7 @@ class TVW(_TwoFour, TW):
 
 @dataclasses.dataclass(frozen=True)
 class ShflTVW(_TwoFour, ShflBW):
-    """2:4 inside the row groups of Shfl-BW; neither paper has it.
+    """2:4 inside the row groups of Shfl-BW, a combination found in neither paper.
 
     Groups keep twice the density, 2 (1 - sparsity), of their vectors, chosen in fours over the whole layer for what 2:4
     will keep of them; the row permutation is searched on those values too. See `TVW` for the rest.
@@ -109,7 +109,7 @@ class ShflTVW(_TwoFour, ShflBW):
         base.check_shape(self, scores.shape)
         m, k = scores.shape
         values = fours.spared_values(scores, base.padded_rows(m, 1), jnp.ones((m, k), bool), 1)
-        # K-means' binary mask has the density of the vectors: at twice that it would keep everything from 50% on.
+        # K-means' binary mask gets the density of the vectors; at twice that it would keep everything from 50% on.
         share = _share(jnp.asarray(count, jnp.int32), m * k)
         vectors = self.num_groups(m) * k
         density = 2 * (jnp.asarray(base.scaled(vectors, share), jnp.int32) / vectors).astype(jnp.float32)

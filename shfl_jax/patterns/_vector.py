@@ -15,8 +15,7 @@ class VW(base.Pattern):
     """Keeps V x 1 vectors of consecutive rows by the sum of their scores.
 
     One threshold over the whole layer, so the counts of the row groups differ, unless `balanced`. Where M is no
-    multiple of V the last group is smaller; its sums are scaled up to V rows, because by the bare sum it would lose
-    all.
+    multiple of V the last group is smaller; its sums are scaled up to V rows, because its plain sums would rank last.
 
     Attributes:
         sparsity: fraction of pruned vectors, in [0, 1).
@@ -56,7 +55,7 @@ class VW(base.Pattern):
     def unit_keys(self, scores: jax.Array) -> jax.Array:
         """See `Pattern.unit_keys`: vectors of consecutive rows; if balanced, the groups' best, second best and so on.
 
-        Shfl-BW too ranks them in the order the rows have without a search, which would need the count.
+        Shfl-BW also ranks vectors of rows in their own order: a search would need the count.
         """
         m = scores.shape[0]
         rows = jnp.minimum(jnp.arange(self.num_groups(m) * self.group_size, dtype=jnp.int32), m)

@@ -349,9 +349,8 @@ def choose_masks(
     if not isinstance(pattern, ShflBW):
         choose = functools.partial(jax.lax.map, lambda args: pattern.mask(args[0], args[2], args[1]), batch_size=batch)
         return choose((scores, previous, count))
-    # Rows are grouped for the target when a layer that is whole is pruned, and again only when the schedule says:
-    # weights that were pruned in one company would stay zero in another, and every change of company costs what had
-    # been learned since the last.
+    # Rows are grouped, for the target sparsity, when a layer is first pruned, and again only when the schedule says so:
+    # regrouping rows discards what weights had adapted to their group, and weights pruned before are still zero.
     free = previous.kept.all((-1, -2)) | anew
     search = functools.partial(jax.lax.map, lambda args: pattern.mask(*args).rows, batch_size=batch)
     found = jax.lax.cond(free.any(), search, lambda args: args[2].rows, (scores, target, previous))

@@ -96,7 +96,7 @@ def prune(
 
 
 def masks(opt_state: Any) -> Masks:
-    """The masks in an optimizer's state, wherever a pruning method stands in it.
+    """The masks in an optimizer's state, wherever in it the pruning method is.
 
     Args:
         opt_state: the state of any optimizer that contains `prune` or another pruning method; also the `opt_state` of

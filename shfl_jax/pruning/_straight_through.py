@@ -28,11 +28,11 @@ def straight_through(
         grads = jax.grad(loss)(shfl_jax.pruning.sparse_params(params, opt_state), batch)
         updates, opt_state = tx.update(grads, opt_state, params)
 
-    The state always holds the masks for the next step, those of the weights of then: a step that the schedule names
+    The state always holds the masks for the next step, computed from its weights: a step that the schedule names
     begins with new masks, step 0 with those that `init` finds. Parameters stay dense and moments are left alone;
     evaluate and compress `shfl_jax.pruning.sparse_params`. A layer with a non-finite weight keeps its mask and counts
-    that in `PruneState.skipped`. The updates must reach the parameters as they are, inside `optax.MultiSteps` and the
-    like too.
+    that in `PruneState.skipped`. The updates must reach the parameters unchanged, also inside `optax.MultiSteps` and
+    the like.
 
     Args:
         inner: the optimizer.
