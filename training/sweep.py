@@ -204,7 +204,7 @@ class Sweep:
         return [{name: array[i : i + size] for name, array in test.items()} for i in range(0, count, size)]
 
 
-def sweep(task: Task, seeds: tuple[int, ...]) -> Sweep:
+def make_sweep(task: Task, seeds: tuple[int, ...]) -> Sweep:
     """The programs of a task; nothing is compiled yet.
 
     Raises:
