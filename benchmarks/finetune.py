@@ -21,7 +21,7 @@ import shfl_jax
 from benchmarks import records as files
 from pallas_kernels import timing
 from shfl_jax import LayerSpec, Masks, ShflBW
-from shfl_jax.pruning._losses import bits_per_token
+from shfl_jax.pruning import bits_per_token
 from training.gpt import GPT
 
 PRUNED = r"(.*/)?(mlp|attn)/.*"

@@ -26,8 +26,7 @@ from rich.table import Table
 
 from benchmarks import records as files
 from shfl_jax import TVW, VW, ShflBW, ShflTVW, Unstructured
-from shfl_jax.patterns import Mask
-from shfl_jax.patterns._base import Pattern
+from shfl_jax.patterns import Mask, Pattern
 from training import bert
 
 GROUP_SIZES = (32, 64, 128)

@@ -27,6 +27,12 @@ LEVELS = {
 }
 """The parts of `shfl_jax`: each imports only parts of a lower level. The last is the package's own `__init__`."""
 
+BACKENDS = {"xla": (), "gpu": (), "triton": ("gpu", "xla"), "mosaic": ("gpu", "triton")}
+"""Sub-package of `pallas_kernels` -> the others it may import. `gpu` is what the two GPU backends share."""
+
+DISPATCH = ("_op", "_conv", "_cost", "tune")
+"""The modules of `pallas_kernels` that choose between its backends, which the backends do not import."""
+
 PUBLIC_MODULES = {
     "pallas_kernels.timing",
     "pallas_kernels.tune",
@@ -39,6 +45,9 @@ ALLOWED = {
     ("training.compare", "pallas_kernels._op.PREFERENCE"): "results files name the backends that were asked first",
 }
 """(module, private name of a package below) -> why it is imported."""
+
+NAMESAKES = {"pallas_kernels.tune.tune": "the function behind `shfl-jax tune`"}
+"""Public function that is called like its module -> what it is."""
 
 
 class Import(NamedTuple):
@@ -116,6 +125,13 @@ def is_private(name: str) -> bool:
     return any(piece.startswith("_") and not piece.startswith("__") for piece in name.split("."))
 
 
+def is_public(target: str) -> bool:
+    """Whether a dotted name is that of a public module, or of what a module declares."""
+    known, (owner, _, name) = modules(), target.rpartition(".")
+    exported = target in known or name in (declared(known[owner]) or () if owner in known else ())
+    return exported and not is_private(target)
+
+
 def is_package(path: Path) -> bool:
     return path.name == "__init__.py"
 
@@ -145,7 +161,7 @@ def test_every_part_of_shfl_jax_has_a_level():
 @pytest.mark.parametrize("package", ["shfl_jax", "training"])
 def test_other_packages_are_used_by_their_public_names(package):
     """Also from one part of `shfl_jax` to another, but for its private modules `_paths` and `_layers`."""
-    known, wrong = modules(), []
+    wrong = []
     for each in imports(package):
         top = each.target.partition(".")[0]
         if top not in BELOW or (each.module, each.target) in ALLOWED:
@@ -154,16 +170,30 @@ def test_other_packages_are_used_by_their_public_names(package):
         same = top == package and (package != "shfl_jax" or here == there)
         if same or (package == "shfl_jax" and there in ("shfl_jax._paths", "shfl_jax._layers")):
             continue
-        owner, _, name = each.target.rpartition(".")
-        exported = each.target in known or name in (declared(known[owner]) or () if owner in known else ())
-        if is_private(each.target) or not exported:
+        if not is_public(each.target):
             wrong.append(str(each))
     assert not wrong
+
+
+def test_benchmarks_use_the_public_names_of_shfl_jax():
+    used = [i for i in imports("benchmarks") if f"{i.target}.".startswith("shfl_jax.")]
+    assert used
+    assert not [str(i) for i in used if not is_public(i.target)]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_backends_import_only_the_backends_below(backend):
+    closed = {f"pallas_kernels.{name}" for name in (*DISPATCH, *BACKENDS)}
+    closed -= {f"pallas_kernels.{name}" for name in (backend, *BACKENDS[backend])}
+    mine = [i for i in imports("pallas_kernels") if f"{i.module}.".startswith(f"pallas_kernels.{backend}.")]
+    assert mine
+    assert not [str(i) for i in mine if ".".join(i.target.split(".")[:2]) in closed]
 
 
 def test_every_exception_is_needed():
     made = {(i.module, i.target) for package in BELOW for i in imports(package)}
     assert not set(ALLOWED) - made
+    assert set(NAMESAKES) == set(namesakes())
 
 
 def test_modules_are_private_or_declared_public():
@@ -189,6 +219,20 @@ def test_public_names_are_declared_and_exist():
         if missing or len(set(names)) != len(names):
             wrong.append(f"{name}: __all__ lists {sorted(missing) or 'a name twice'}")
     assert not wrong
+
+
+def namesakes() -> list[str]:
+    """Functions and classes that are called like the module that defines them."""
+    return [
+        f"{name}.{node.name}"
+        for name, path in modules().items()
+        for node in tree(path).body
+        if isinstance(node, ast.FunctionDef | ast.ClassDef) and node.name == name.rpartition(".")[2]
+    ]
+
+
+def test_no_function_or_class_is_called_like_its_module():
+    assert not [name for name in namesakes() if name not in NAMESAKES]
 
 
 def test_no_public_name_hides_a_public_module():

@@ -29,7 +29,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from shfl_jax import BW, NM, TEW, TVW, TW, VW, Pattern, ShflBW, ShflTVW, Unstructured
 from training import claims
 from training.compare import device
-from training.sweep import Models, Sweep, sparsities, sweep
+from training.sweep import Models, Sweep, make_sweep, sparsities
 from training.tasks import TASKS, Task
 
 SEEDS = 3
@@ -176,7 +176,7 @@ def _write(path: Path, records: list[dict[str, Any]], origin: dict[str, Any] | N
         "jax": jax.__version__,
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
     }
-    summary = [*records, *claims.summary(records), *claims.claims(records)]
+    summary = [*records, *claims.summary(records), *claims.verdicts(records)]
     document = {name: (origin or made)[name] for name in made} | {"records": summary}
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
@@ -187,7 +187,7 @@ def _train_task(
     task: Task, wanted: Sequence[Case], seeds: int, deadline: float, progress: Progress
 ) -> Iterator[list[dict[str, Any]]]:
     """Trains the cases of one task: the records of a case, one for each seed, after another."""
-    programs, recipe = sweep(task, tuple(range(seeds))), task.recipe
+    programs, recipe = make_sweep(task, tuple(range(seeds))), task.recipe
     begin = time.monotonic()
     bar = progress.add_task(task.name, total=recipe.dense_steps + len(wanted) * recipe.prune_steps)
     # A program of masks serves every sparsity of its pattern; they are compiled beside the training.
@@ -211,7 +211,7 @@ def _train_task(
             progress.update(bar, description=f"{task.name}: {case.label} {case.sparsity:.1%}")
             renewal = renewals[case.label].result() if case.label in renewals else None
             start = begin if case is wanted[0] else time.monotonic()
-            # What is trained on is given up, so it gets a copy.
+            # Training donates its models, so it gets a copy.
             found = _train_case(
                 programs,
                 case,

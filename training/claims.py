@@ -87,7 +87,7 @@ def gain(record: Record, other: Record, dense: Record) -> float:
     return 100 * (other[name] - record[name]) / dense[name]
 
 
-def claims(records: Sequence[Record]) -> list[Record]:
+def verdicts(records: Sequence[Record]) -> list[Record]:
     """The claims at 75%, from differences paired by seed: a record of op "accuracy_claim" for every task.
 
     `holds` is "yes" or "no" by the mean over the seeds. One more record a claim, of the task "all", counts tasks; it is

@@ -48,7 +48,7 @@ class Sweep:
     Attributes:
         task: the task.
         seeds: the seeds of all models: of initialisation, batches and dropout.
-        specs: path -> `LayerSpec` of every layer that is pruned; their pattern counts for nothing.
+        specs: path -> `LayerSpec` of every layer that is pruned; their pattern is ignored.
     """
 
     task: Task
@@ -87,7 +87,7 @@ class Sweep:
 
         Args:
             models: given up (donated).
-            kept: path -> (S, ...) bool, which weights of the pruned layers there are.
+            kept: path -> (S, ...) bool, which weights of the pruned layers are kept.
             step: the number of the first step, from 0 for an untrained model; batches and noise depend on it.
 
         Returns:
@@ -204,7 +204,7 @@ class Sweep:
         return [{name: array[i : i + size] for name, array in test.items()} for i in range(0, count, size)]
 
 
-def sweep(task: Task, seeds: tuple[int, ...]) -> Sweep:
+def make_sweep(task: Task, seeds: tuple[int, ...]) -> Sweep:
     """The programs of a task; nothing is compiled yet.
 
     Raises:

@@ -1,6 +1,6 @@
 """Which axes of a kernel contract, found by following it through the traced model.
 
-A shape cannot tell: `query` (64, 4, 16) contracts its first axis, `out` (4, 16, 64) its first two, a scanned Dense
+The shape does not tell: `query` (64, 4, 16) contracts its first axis, `out` (4, 16, 64) its first two, a scanned Dense
 (3, 16, 16) its second. The trace can, for any module that ends in `dot_general` or in a convolution.
 """
 
@@ -12,7 +12,7 @@ from typing import Any
 import jax
 from jax.extend import core
 
-# Work element by element, so axes keep their meaning (a pruned weight may be scaled, cast or masked on its way).
+# Elementwise, so axes keep their meaning (a pruned weight may be scaled, cast or masked before it is used).
 _ELEMENTWISE = frozenset(
     """abs add and cbrt ceil clamp convert_element_type copy copy_p device_put div eq erf exp exp2 expm1 floor ge gt
     integer_pow is_finite le log log1p logistic lt max min mul name ne neg not or pow pvary reduce_precision rem round

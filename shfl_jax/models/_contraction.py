@@ -1,4 +1,4 @@
-"""What `DenseGeneral` and `Conv` do, with a compressed kernel; Linen and NNX share it."""
+"""`DenseGeneral` and `Conv` with a compressed kernel, shared by Linen and NNX."""
 
 import math
 from collections.abc import Sequence
@@ -98,7 +98,7 @@ def convolve(
         ValueError: x does not fit, or the matrix has leading axes.
         NotImplementedError: three spatial axes or more.
     """
-    kernel = _tuple(kernel_size)
+    kernel = as_tuple(kernel_size)
     m, k = spec.matrix_shape
     _check_stack(matrix, spec, 0)
     if len(kernel) > 2:
@@ -111,7 +111,7 @@ def convolve(
             f"{spec.path}: expected images with {k // math.prod(kernel)} channels last (M={m}, K={k} with "
             f"{' x '.join(map(str, kernel))} taps), got {x.shape}"
         )
-    steps, dilations = (_tuple(1 if a is None else a, len(kernel)) for a in (strides, dilation))
+    steps, dilations = (as_tuple(1 if a is None else a, len(kernel)) for a in (strides, dilation))
     batch, x = x.shape[: -len(kernel) - 1], x.reshape(-1, *x.shape[-len(kernel) - 1 :])
     pads = canonicalize_padding(padding, len(kernel))
     if pads in ("CIRCULAR", "REFLECT", "CAUSAL"):
@@ -136,16 +136,16 @@ def convolve(
         )
     except ValueError as error:
         raise ValueError(f"{spec.path} {spec.shape}: {error}") from error
-    return y.reshape(*batch, *y.shape[3 - len(_tuple(kernel_size)) :])
+    return y.reshape(*batch, *y.shape[3 - len(as_tuple(kernel_size)) :])
 
 
 def check_convolution(layer: Any, spec: LayerSpec) -> None:
-    """Checks that `convolve` does all that a Flax `Conv`, Linen's or NNX's, does.
+    """Checks that `convolve` supports what a Flax `Conv`, of Linen or NNX, is set to do.
 
     Raises:
         NotImplementedError: a mask of its own, or a dilated input; the text names the layer and the fix.
     """
-    dilated = layer.input_dilation is not None and set(_tuple(layer.input_dilation)) != {1}
+    dilated = layer.input_dilation is not None and set(as_tuple(layer.input_dilation)) != {1}
     if layer.mask is not None or dilated:
         raise NotImplementedError(
             f"{spec.path} {spec.shape}: a convolution with {'input_dilation' if dilated else 'a mask of its own'} "
@@ -161,7 +161,8 @@ def _check_stack(matrix: RowGrouped, spec: LayerSpec, batch_axes: int) -> None:
         )
 
 
-def _tuple(sizes: int | Sequence[int], length: int = 1) -> tuple[int, ...]:
+def as_tuple(sizes: int | Sequence[int], length: int = 1) -> tuple[int, ...]:
+    """A sequence as a tuple; a number that many times."""
     return (sizes,) * length if isinstance(sizes, int) else tuple(sizes)
 
 

@@ -77,7 +77,7 @@ def cut(
     # Traced a second time with calls around kernels opened up and the cuts marked by named identities.
     marked = jax.make_jaxpr(lambda *args: cutter.evaluate(traced.jaxpr, traced.consts, args, labels)[0])(*shapes)
     cutter.check()
-    return _pieces(marked, cutter.cuts, len(names) + len(constants))
+    return _split(marked, cutter.cuts, len(names) + len(constants))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -189,7 +189,7 @@ class _Cutter:
         return marked
 
 
-def _pieces(closed: Any, cuts: list[_Place], num_given: int) -> tuple[Piece, ...]:
+def _split(closed: Any, cuts: list[_Place], num_given: int) -> tuple[Piece, ...]:
     jaxpr = closed.jaxpr
     given, live = list(jaxpr.invars[:num_given]), list(jaxpr.invars[num_given:])
     consts = dict(zip(jaxpr.constvars, closed.consts, strict=True))

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax
@@ -14,7 +14,7 @@ from pallas_kernels import RowGrouped
 from shfl_jax._layers import LayerSpec
 from shfl_jax._paths import path_leaves, update_paths
 from shfl_jax.models._axes import contraction_axes, split_arrays, tie_batch_axes
-from shfl_jax.models._contraction import check_convolution, contract, convolve, moved_batch_axes
+from shfl_jax.models._contraction import as_tuple, check_convolution, contract, convolve, moved_batch_axes
 from shfl_jax.models._plan import Plan
 from shfl_jax.sparse import layers, matrices
 
@@ -62,11 +62,11 @@ def resolve(plan: Plan, model: nn.Module, *example_inputs: Any, **apply_kwargs: 
 
 
 def apply(model: nn.Module, variables: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
-    """Runs a model with compressed kernels; like `model.apply`, and like it to be jitted by the caller.
+    """Runs a model with compressed kernels. Like `model.apply`, it is for the caller to jit.
 
     Calls of `nn.Dense`, `nn.DenseGeneral` (attention's projections too) and `nn.Conv` whose kernel is compressed become
     row-grouped products and convolutions; everything else, layers left dense included, runs as it is. `method=`,
-    `rngs=`, `mutable=`, `nn.scan`, `nn.vmap` and `nn.remat` work as ever. Differentiable with respect to
+    `rngs=`, `mutable=`, `nn.scan`, `nn.vmap` and `nn.remat` work as usual. Differentiable with respect to
     `variables['params']`.
 
     Args:
@@ -149,15 +149,11 @@ def _run_compressed(call: Callable[..., Any], args: Any, kwargs: Any, context: n
         x,
         bias,
         spec,
-        axis=_tuple(getattr(module, "axis", -1)),
-        features=_tuple(module.features),
-        batch_dims=_tuple(getattr(module, "batch_dims", ())),
+        axis=as_tuple(getattr(module, "axis", -1)),
+        features=as_tuple(module.features),
+        batch_dims=as_tuple(getattr(module, "batch_dims", ())),
         precision=module.precision,
     )
-
-
-def _tuple(axes: int | Sequence[int]) -> tuple[int, ...]:
-    return (axes,) if isinstance(axes, int) else tuple(axes)
 
 
 def _tie_batch_axes(call: Callable[..., Any], args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:

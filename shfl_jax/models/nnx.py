@@ -11,7 +11,7 @@ from pallas_kernels import RowGrouped
 from shfl_jax._layers import LayerSpec
 from shfl_jax._paths import path_leaves, update_paths
 from shfl_jax.models._axes import contraction_axes, split_arrays, tie_batch_axes
-from shfl_jax.models._contraction import check_convolution, contract, convolve, moved_batch_axes
+from shfl_jax.models._contraction import as_tuple, check_convolution, contract, convolve, moved_batch_axes
 from shfl_jax.models._plan import Plan
 from shfl_jax.sparse import Masks, compress, layers, matrices
 
@@ -153,9 +153,9 @@ class SparseLinear(_Sparse):
                 "plan to keep it dense"
             )
         super().__init__(layer, matrix, spec)
-        self.axis = _tuple(getattr(layer, "axis", -1))
+        self.axis = as_tuple(getattr(layer, "axis", -1))
         self.batch_dims = tuple(getattr(layer, "batch_axis", ()))
-        self.features = _tuple(layer.out_features)
+        self.features = as_tuple(layer.out_features)
 
     def __call__(self, inputs: jax.Array, out_sharding: Any = None) -> jax.Array:
         """Runs the layer.
@@ -238,7 +238,3 @@ def _child(node: Any, key: Any) -> Any:
 
 def _spell(path: Sequence[Any]) -> str:
     return "/".join(map(str, path))
-
-
-def _tuple(axes: int | Sequence[int]) -> tuple[int, ...]:
-    return (axes,) if isinstance(axes, int) else tuple(axes)

@@ -53,8 +53,8 @@ def calibrate(
     kept for the next call.
 
     Args:
-        fun: the model as a pure function `fun(params, constants, *batch)`, params as path -> array. Any model will do
-            whose layers multiply their kernel by `dot_general`; it may be jitted inside, or use `jax.checkpoint`.
+        fun: the model as a pure function `fun(params, constants, *batch)`, params as path -> array. Any model
+            whose layers read their kernels by `dot_general`; it may be jitted inside, or use `jax.checkpoint`.
         params: path -> parameter.
         batches: calibration batches, each a tuple of positional arguments or one array. They are read once.
         specs: path -> spec of the layers of interest.

@@ -1,12 +1,10 @@
 """One-shot pruning: a trained model and a few calibration batches in, masks and repaired weights out.
 
 Layers are pruned in the order in which the model runs them, and every layer is calibrated on the outputs of the layers
-already pruned: a repair then also sees the inputs it will get. The targets are the layer's own dense weights on those
-inputs.
+already pruned, so that a repair sees the inputs the layer will get. The target is what its dense weights make of them.
 """
 
 import dataclasses
-import functools
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -151,9 +149,7 @@ def prune_one_shot(
         forward = _Linen(model, jax.tree.structure(params), tuple(sorted(apply_kwargs.items())))
     kernels = path_leaves(params)
     _check_finite(kernels, specs)
-    gradient_scores = {}
-    if score == "taylor" and loss is not None:
-        gradient_scores = taylor(loss, params, specs, given)
+    gradient_scores = taylor(loss, params, specs, given) if score == "taylor" and loss is not None else {}
 
     def score_of(path: str, inputs: Inputs) -> jax.Array:
         _check_tokens(specs[path], inputs, repair or score == "obs")
@@ -184,7 +180,7 @@ def prune_one_shot(
                 spec = specs[path]
                 weight = spec.to_matrix(jnp.asarray(kernels[path]))
                 saliency = score_of(path, inputs)
-                masks[path] = _choose(saliency, counts[path], spec.pattern)
+                masks[path] = choose(saliency, spec.pattern, counts[path])
                 masked = jnp.where(masks[path].elements(), weight, 0)
                 final = repaired(weight, masks[path], inputs.gram, damping=damping) if repair else masked
                 layers.append(_describe(spec, masks[path], saliency, weight, masked, final, inputs))
@@ -221,11 +217,6 @@ class _Nnx:
     def __call__(self, params: dict[str, jax.Array], constants: Any, *batch: Any) -> Any:
         tree = jax.tree.unflatten(self.structure, list(params.values()))
         return nnx.merge(self.graph, tree, constants)(*batch, **dict(self.kwargs))
-
-
-@functools.partial(jax.jit, static_argnums=2)
-def _choose(saliency: jax.Array, count: Any, pattern: Any) -> Mask:
-    return choose(saliency, pattern, count)
 
 
 def _saliency(score: str, weight: jax.Array, inputs: Inputs, damping: float) -> jax.Array:

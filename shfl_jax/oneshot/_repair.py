@@ -3,8 +3,8 @@
 Of all weights W' that a mask allows, the one is taken that minimises the squared error ||(W - W') X||^2 over the
 calibration inputs X (K, tokens), plus a damping. For a row with kept columns S and H = X X^T + damping that is
 w'[S] = w H[:, S] H[S, S]^-1, the joint solution of the problem that OBS (Hassibi and Stork) solves for one weight at a
-time. Rows of a row group share S and so the system, but factorising is the slow way even so: conjugate gradients take a
-few dozen products with H, for all rows and any pattern at once.
+time. Rows of a row group share S and hence the system, but conjugate gradients are still faster than factorising: they
+take a few dozen products with H, for all rows and any pattern at once.
 """
 
 import functools
@@ -33,7 +33,7 @@ def repair(
         weight: (M, K) floating, the dense weights.
         mask: which of them are kept; any pattern's, without leading axes.
         gram: (K, K), X X^T over the calibration tokens.
-        damping: added to the diagonal, as a fraction of its mean: the larger, the nearer to the old weights. Positive.
+        damping: added to the diagonal, as a fraction of its mean: the larger, the closer to the old weights. Positive.
         tolerance: of the residual, relative to that of the masked weights.
         iterations: the most products with H.
 

@@ -44,9 +44,9 @@ class Sensitivity:
     def allocation(self, specs: Mapping[str, LayerSpec]) -> dict[str, float]:
         """Spreads sparsity over layers so that the sum of the measured rises of the loss is smallest.
 
-        As if layers did not affect each other. Between two measured sparsities a loss is taken to lie on the straight
-        line, and where the whole curve is not convex, on its convex hull: then the best of all allocations prunes
-        first where a further pruned weight costs least.
+        Layers are assumed not to affect each other. Losses are interpolated linearly between measured sparsities, and
+        replaced by their convex hull where the curve is not convex: the best allocation then prunes first where one
+        more pruned weight costs least.
 
         Args:
             specs: path -> spec of layers that were measured.

@@ -26,8 +26,8 @@ def allocate(
 ) -> dict[str, Any]:
     """Gives every layer its number of kept units. Pure and jit-able.
 
-    However they are spread, layers of equal patterns together keep as many units as their patterns say, to one unit:
-    what a plan's rule prunes from a part of a model stays in that part.
+    With every method, layers of equal patterns together keep as many units as their patterns say, to within one unit:
+    sparsity never moves between layers with different patterns.
 
     Args:
         scores: path to (*batch, M, K) saliency scores of every layer to prune. Only "global" reads them.
@@ -110,16 +110,15 @@ def to_sparsities(layers: Sequence[LayerSpec], densities: Sequence[float]) -> di
 
     Args:
         layers: of equal patterns.
-        densities: one for each, within what its pattern can have. With them, the layers together keep what their
-            patterns say.
+        densities: one for each, within what its pattern can have; the layers together keep what their patterns say.
 
     Returns:
-        path -> sparsity; with them too, but for less than what one step of one layer costs.
+        path -> sparsity; the layers still keep that number, to within one step of one layer.
     """
     steps = [spec.pattern.step(spec.matrix_shape) for spec in layers]
     whole = np.array([s.pattern.units(s.matrix_shape) // step for s, step in zip(layers, steps, strict=True)])
     ideal = np.asarray(densities) * whole
-    # What is whole but for rounding errors is not to lose a unit.
+    # A number that is whole up to rounding errors must not lose a unit.
     counts = np.floor(ideal + 1e-6).astype(int)
     costs = [_slices(spec) * step for spec, step in zip(layers, steps, strict=True)]
     rest = sum(map(kept_units, layers)) - int(np.dot(counts, costs))
@@ -157,7 +156,7 @@ def _globally(
     counts = {}
     for layers in alike(specs):
         pattern = layers[0].pattern
-        # Slices of one shape are ranked in one array: a program of the size of the shapes, not of the model.
+        # Slices of one shape are ranked in one array: the program grows with the number of shapes, not of layers.
         shapes = defaultdict(list)
         for spec in layers:
             shapes[spec.matrix_shape].append(spec)

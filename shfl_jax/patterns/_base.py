@@ -3,7 +3,7 @@
 import abc
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import jax
@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from shfl_jax.patterns._mask import Mask
+from shfl_jax.patterns.search._fours import group_members
 
 ALWAYS = np.iinfo(np.int32).max
 """The rank key of a unit that is kept before all others."""
@@ -20,9 +21,9 @@ class Limits(NamedTuple):
     """How many units every slice of a layer keeps; int32 scalars, traced or not.
 
     Attributes:
-        least: at least.
-        count: on its own; its part in what layers that are ranked together keep.
-        most: at most.
+        least: the fewest.
+        count: when pruned on its own; layers that are ranked together share the sum of their counts.
+        most: the most.
     """
 
     least: jax.Array
@@ -43,6 +44,10 @@ class Pattern(abc.ABC):
     sparsity: float
     name: ClassVar[str]
 
+    def __post_init__(self) -> None:
+        if not 0 <= self.sparsity < 1:
+            raise ValueError(f"sparsity is the fraction of pruned weights and must lie in [0, 1), got {self.sparsity}")
+
     @property
     @abc.abstractmethod
     def group_size(self) -> int:
@@ -62,7 +67,7 @@ class Pattern(abc.ABC):
             previous: an earlier mask of the layer, from which patterns that search may start.
 
         Returns:
-            The mask. Equal scores are settled in favour of the lower index.
+            The mask. Ties go to the lower index.
         """
 
     @property
@@ -75,7 +80,7 @@ class Pattern(abc.ABC):
         return min(1, self.units(shape))
 
     def step(self, shape: tuple[int, ...]) -> int:
-        """What numbers of kept units are multiples of."""
+        """The number that counts of kept units are multiples of."""
         return 1
 
     def unit_keys(self, scores: jax.Array) -> jax.Array:
@@ -97,8 +102,8 @@ class Pattern(abc.ABC):
             limits: of each layer.
 
         Returns:
-            For each layer, the counts of its slices (B,) as `mask` takes them. They sum up to all layers' own counts,
-            short of at most one unit (`step` units), unless the limits say otherwise.
+            For each layer, the counts of its slices (B,) as `mask` takes them. Their sum is that of the layers' own
+            counts, less at most one unit (`step` units), unless the limits prevent it.
         """
         keys = [jax.vmap(self.unit_keys)(s) for s in scores]
         return rank_together(keys, [self.step(s.shape[1:]) for s in scores], limits)
@@ -109,7 +114,7 @@ class Pattern(abc.ABC):
         sparsity: float | jax.Array | None = None,
         fraction: float | jax.Array = 1.0,
     ) -> jax.Array:
-        """The number of kept units, exact to one unit for every size below 2^31 and without x64.
+        """The number of kept units, to the nearest multiple of `step`, for every size below 2^31 and without x64.
 
         Args:
             shape: (M, K) of the layer.
@@ -126,13 +131,8 @@ class Pattern(abc.ABC):
         check_shape(self, shape)
         units = self.units(shape)
         pruned = scaled(scaled(units, self.sparsity if sparsity is None else sparsity), fraction)
-        return jnp.maximum(units - jnp.asarray(pruned, jnp.int32), self.least(shape))
-
-
-def check_sparsity(sparsity: float) -> None:
-    """Raises ValueError unless the sparsity lies in [0, 1)."""
-    if not 0 <= sparsity < 1:
-        raise ValueError(f"sparsity is the fraction of pruned weights and must lie in [0, 1), got {sparsity}")
+        kept = jnp.maximum(units - jnp.asarray(pruned, jnp.int32), self.least(shape))
+        return (kept + self.step(shape) // 2) // self.step(shape) * self.step(shape)
 
 
 def check_sizes(pattern: Pattern, *names: str) -> None:
@@ -152,7 +152,7 @@ def check_shape(pattern: Pattern, shape: tuple[int, ...]) -> None:
 
 
 def scaled(number: int | jax.Array, factor: float | jax.Array) -> int | jax.Array:
-    """The integer nearest to `number * factor`, exact to one unit where float32 would not be.
+    """The integer nearest to `number * factor`, to within one, where float32 would be off by more.
 
     Args:
         number: an integer in [0, 2^31); may be traced.
@@ -184,7 +184,7 @@ def rank_keys(scores: jax.Array) -> jax.Array:
 def top(keys: jax.Array, budget: jax.Array | int, costs: jax.Array | None = None) -> jax.Array:
     """The longest ranked prefix whose cost stays within a budget.
 
-    Two bisections, over the bits of the key and of the index, instead of a sort: linear time, no memory beyond masks.
+    Two bisections, of the key and of the index, instead of a sort: linear time, no memory beyond masks.
 
     Args:
         keys: int32 of any shape, non-negative; larger is better, ties go to the lower (row-major) index.
@@ -200,20 +200,20 @@ def top(keys: jax.Array, budget: jax.Array | int, costs: jax.Array | None = None
     def cost(chosen: jax.Array) -> jax.Array:
         return jnp.sum(jnp.where(chosen, 1 if costs is None else costs, 0), dtype=jnp.int32)
 
-    def key_bit(i: jax.Array, threshold: jax.Array) -> jax.Array:
-        higher = threshold | (1 << (30 - i))
-        return jnp.where(cost(keys >= higher) > budget, higher, threshold)
-
-    threshold = jax.lax.fori_loop(0, 31, key_bit, jnp.int32(0))
+    threshold = _largest(31, lambda key: cost(keys >= key) > budget)
     above, ties = keys > threshold, keys == threshold
     rest = budget - cost(above)
-    bits = keys.size.bit_length()
+    return above | (ties & (index < _largest(keys.size.bit_length(), lambda end: cost(ties & (index < end)) <= rest)))
 
-    def index_bit(i: jax.Array, end: jax.Array) -> jax.Array:
-        later = end | (1 << (bits - 1 - i))
-        return jnp.where(cost(ties & (index < later)) <= rest, later, end)
 
-    return above | (ties & (index < jax.lax.fori_loop(0, bits, index_bit, jnp.int32(0))))
+def _largest(bits: int, holds: Callable[[jax.Array], jax.Array]) -> jax.Array:
+    """The largest int32 of so many bits for which a condition holds, 0 if none; it must hold for all smaller ones."""
+
+    def try_bit(i: jax.Array, found: jax.Array) -> jax.Array:
+        larger = found | (1 << (bits - 1 - i))
+        return jnp.where(holds(larger), larger, found)
+
+    return jax.lax.fori_loop(0, bits, try_bit, jnp.int32(0))
 
 
 def rank_together(
@@ -241,11 +241,7 @@ def rank_together(
         parts = [jnp.where(c, price, 0).reshape(b, -1) for c, price, b in zip(chosen, costs, slices, strict=True)]
         return jnp.clip(jnp.concatenate([part.sum(1, dtype=jnp.int32) for part in parts]), least, most)
 
-    def key_bit(i: jax.Array, threshold: jax.Array) -> jax.Array:
-        higher = threshold | (1 << (30 - i))
-        return jnp.where(_clipped_sum(cost([k >= higher for k in keys]) - counts) > 0, higher, threshold)
-
-    threshold = jax.lax.fori_loop(0, 31, key_bit, jnp.int32(0))
+    threshold = _largest(31, lambda key: _clipped_sum(cost([k >= key for k in keys]) - counts) > 0)
     above = cost([k > threshold for k in keys])
     ties = cost([k >= threshold for k in keys]) - above
     rest = jnp.maximum(-_clipped_sum(above - counts), 0)
@@ -257,7 +253,7 @@ def rank_together(
 
 def _clipped_sum(parts: jax.Array) -> jax.Array:
     """The sum of int32 numbers, clipped to their range: a model may have more weights than they count."""
-    # Integers wrap silently, but a float knows when they have.
+    # A sum of int32 numbers wraps around silently; one of float32 numbers shows when it does.
     size = jnp.sum(parts.astype(jnp.float32))
     exact = jnp.sum(parts, dtype=jnp.int32)
     return jnp.where(jnp.abs(size) < 2**31 - 2**20, exact, jnp.where(size > 0, ALWAYS, -ALWAYS))
@@ -276,8 +272,7 @@ def field_error(pattern: Pattern, field: str, rule: str) -> ValueError:
 
 def sums_of_rows(scores: jax.Array, rows: jax.Array, group_size: int) -> jax.Array:
     """Sums of scores (M, K) over the rows of every group: (R, K) float32. `rows` (R * V,) may hold sentinels M."""
-    members = jnp.asarray(scores, jnp.float32).at[rows].get(mode="fill", fill_value=0)
-    return members.reshape(-1, group_size, scores.shape[1]).sum(1)
+    return group_members(scores, rows, group_size).sum(1)
 
 
 def group_scores(scores: jax.Array, rows: jax.Array, group_size: int) -> jax.Array:

@@ -14,8 +14,8 @@ from shfl_jax.patterns._mask import Mask
 class BW(base.Pattern):
     """Keeps whole b x b blocks by the sum of their scores.
 
-    A block cut short by the edge of the matrix is ranked by its sum scaled up to a whole block; by the bare sum it
-    would always go first.
+    A block cut short by the edge of the matrix is ranked by its sum scaled up to a whole block; ranked by the plain sum
+    it would always be pruned first.
 
     Attributes:
         sparsity: fraction of pruned blocks, in [0, 1).
@@ -26,7 +26,7 @@ class BW(base.Pattern):
     name: ClassVar[str] = "bw"
 
     def __post_init__(self) -> None:
-        base.check_sparsity(self.sparsity)
+        super().__post_init__()
         base.check_sizes(self, "block_size")
 
     @property

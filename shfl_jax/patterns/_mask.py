@@ -21,8 +21,8 @@ class Mask:
         m: output features M.
         order: with 2:4 inside the groups, (R, 4 * ceil(K / 4)) int32: the kept columns of every group, four after four,
             the sentinel K in every slot that holds none. None without.
-        choice: with 2:4 inside the groups, (M, K) bool: the kept weights; at most two of a row in every four, unless a
-            schedule is still on its way there. None where every weight of a kept column is kept.
+        choice: with 2:4 inside the groups, (M, K) bool: the kept weights; at most two of a row in every four, except
+            partway through a schedule. None where every weight of a kept column is kept.
     """
 
     rows: jax.Array

@@ -14,9 +14,9 @@ from shfl_jax.patterns._mask import Mask
 class NM(base.Pattern):
     """Keeps the n highest-scoring of every m consecutive inputs of every output (2:4 unless told otherwise).
 
-    Below its full sparsity (a schedule on its way) it keeps those n and then the best of the other weights, ranked over
-    the whole layer, so that every step prunes a few more weights until exactly n of m are left. Where K is no multiple
-    of m, the last inputs form a shorter run that keeps at most n as well.
+    Partway through a schedule it keeps those n and then the best of the other weights, ranked over the whole layer, so
+    that every step prunes a few more weights until exactly n of m are left. Where K is no multiple of m, the last
+    inputs form a shorter run that keeps at most n as well.
 
     Attributes:
         n: weights kept.

@@ -29,9 +29,9 @@ def wanda(weight: jax.Array, norms: jax.Array) -> jax.Array:
 
 
 def obs(weight: jax.Array, inverse_diagonal: jax.Array) -> jax.Array:
-    """The loss of output that pruning a weight costs after all others are repaired (Optimal Brain Surgeon), as a root.
+    """The output error that pruning a weight causes once the others are repaired (Optimal Brain Surgeon), as a root.
 
-    The root, |w| / sqrt([H^-1]_kk), is on the scale of a magnitude, so sums over a unit weigh like those of `wanda`.
+    The root, |w| / sqrt([H^-1]_kk), is on the scale of a magnitude, so that sums over a unit compare with `wanda`'s.
 
     Args:
         weight: (..., M, K) floating.

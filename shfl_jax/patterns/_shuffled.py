@@ -31,9 +31,7 @@ class ShflBW(VW):
 
     Attributes:
         sparsity: fraction of pruned vectors, in [0, 1).
-        group_size: V, rows of a group.
-        balanced: every group keeps the same number of columns (see `VW`).
-        min_share: every group keeps at least this fraction, in [0, 1], of the mean number of columns a group keeps.
+        group_size: as in `VW`, like `balanced` and `min_share`.
         search: how rows are grouped: "annealing" or "kmeans".
         shards: the permutation stays inside each of this many equal blocks of rows; it must divide M.
         seed: of the search's random choices.

@@ -12,7 +12,7 @@ from shfl_jax.patterns._mask import Mask
 
 
 class TileCount(NamedTuple):
-    """What a layer keeps where layers are ranked together: how many outputs is no function of how many weights then.
+    """What a layer keeps when layers are ranked together: its outputs no longer follow from its number of weights.
 
     Attributes:
         outputs: int32, kept outputs.
@@ -29,10 +29,10 @@ class TW(base.Pattern):
 
     As in the code of `clevercool/TileSparsity` (`tiled_wise_2d` in `Pruning/VGG/prune_algo.py`), a unit's score is the
     L2 norm of its scores over its length, and each of the two dimensions loses a fraction 1 - sqrt(1 - sparsity). That
-    code ranks the units of all layers together, as `rank` does: all outputs, then the inputs of all tiles. By itself
-    `mask` ranks within one layer. Here a tile's length counts its surviving outputs only, and because units differ in
-    size, both cuts are where the kept weights, not the units, meet the target. At least one output, and one input of
-    every tile, is kept.
+    code ranks the units of all layers together, as `rank` does: all outputs, then the inputs of all tiles. `mask` alone
+    ranks within one layer. Unlike there, a tile's length counts only its surviving outputs, and because units differ in
+    size, both cuts are made where the number of kept weights, not of units, meets the target. At least one output, and
+    one input of every tile, is kept.
 
     Its masks hold the tiles first (the last one filled up with sentinels), then the pruned outputs in groups that keep
     no column; R is ceil(M / V) + 1 whatever the scores.
@@ -48,7 +48,7 @@ class TW(base.Pattern):
     name: ClassVar[str] = "tw"
 
     def __post_init__(self) -> None:
-        base.check_sparsity(self.sparsity)
+        super().__post_init__()
         base.check_sizes(self, "tile_size")
 
     @property
@@ -91,7 +91,7 @@ class TW(base.Pattern):
         return [TileCount(*counts) for counts in zip(outputs, weights, strict=True)]
 
     def _outputs(self, shape: tuple[int, ...], count: jax.Array | int) -> jax.Array:
-        """The outputs that a layer keeps by itself: of both dimensions the same share."""
+        """The outputs of a layer that is pruned on its own: both dimensions keep the same share."""
         m, k = shape
         if not self.outputs:
             return jnp.int32(m)

@@ -14,16 +14,32 @@ from shfl_jax.patterns._tile import TW, nearest
 from shfl_jax.patterns.search import _fours as fours
 
 PASSES = 2
-"""How often columns are chosen: for the medians of all columns first, then for those of the columns chosen."""
+"""How often columns are chosen: first by medians over all columns, then by medians over the chosen ones."""
 
 
+@dataclasses.dataclass(frozen=True)
 class _TwoFour(base.Pattern):
-    """What both patterns add to the one whose groups they fill."""
+    """What TVW and Shfl-TVW add to the patterns whose groups they subdivide: they count and rank single weights."""
+
+    rounds: int = 16
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.sparsity < self.min_sparsity:
+            raise base.field_error(self, "sparsity", "be at least 0.5, which 2:4 alone reaches (use VW or TW below)")
+        if not isinstance(self.rounds, int) or self.rounds < 0:
+            raise base.field_error(self, "rounds", "be a non-negative integer")
 
     @property
     def min_sparsity(self) -> float:
         """That of 2:4 alone."""
         return 0.5
+
+    def units(self, shape: tuple[int, ...]) -> int:
+        """M * K weights."""
+        return shape[0] * shape[1]
+
+    step, unit_keys, rank = base.Pattern.step, base.Pattern.unit_keys, base.Pattern.rank
 
     def least(self, shape: tuple[int, ...]) -> int:
         """Two weights of one row, or one if there is but one input."""
@@ -39,32 +55,24 @@ class TVW(_TwoFour, TW):
     multiple of four inputs (or all K), and the inputs of a tile are put into fours of which every row can spare two
     (`order_columns`, in `shfl_jax.patterns.search` like the other).
 
-    A count of more than half the weights (a schedule on its way) keeps all tiles whole, two of every four weights, and
-    the best of the others, ranked over the layer.
+    A count of more than half the weights (partway through a schedule) keeps all tiles whole: two of every four weights,
+    and the best of the others, ranked over the layer.
 
     Attributes:
         sparsity: fraction of pruned weights, in [0.5, 1).
-        tile_size: V, surviving outputs of a tile.
-        outputs: False prunes no outputs, only the inputs of every tile.
+        tile_size: V, as in `TW`.
+        outputs: as in `TW`.
         rounds: of the search for the order of the inputs.
     """
 
-    rounds: int = 16
     name: ClassVar[str] = "tvw"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        _check(self)
-
-    # It is weights that 2:4 chooses: layers are compared weight by weight, not as TW compares them.
-    rank = base.Pattern.rank
 
     def mask(self, scores: jax.Array, count: jax.Array | int, previous: Mask | None = None) -> Mask:
         """See `Pattern.mask`; `count` is the number of weights to keep, met to half a four of inputs."""
         base.check_shape(self, scores.shape)
         (m, k), v = scores.shape, self.tile_size
         budget = _doubled(count, m * k)
-        # Before there are tiles, a row of its own is the group; TW sums squares, so the roots make it sum the values.
+        # There are no tiles yet, so every row is a group of its own. TW sums squares, hence the square roots.
         values = fours.spared_values(scores, base.padded_rows(m, 1), jnp.ones((m, k), bool), 1)
         tiles = TW.mask(self, jnp.sqrt(values), budget)
         sizes = jnp.sum((tiles.rows < m).reshape(-1, v), axis=1, dtype=jnp.int32)
@@ -77,12 +85,12 @@ class TVW(_TwoFour, TW):
             keys = jnp.where(sizes > 0, keys, -1)
             return nearest(keys, budget, sizes * widths, best & (sizes > 0))
 
-        return _mask(self, scores, tiles.rows, tiles.kept.any(1)[:, None], count, choose, self.rounds)
+        return _mask(self, scores, tiles.rows, tiles.kept.any(1)[:, None], count, choose)
 
 
 @dataclasses.dataclass(frozen=True)
 class ShflTVW(_TwoFour, ShflBW):
-    """2:4 inside the row groups of Shfl-BW; neither paper has it.
+    """2:4 inside the row groups of Shfl-BW, a combination found in neither paper.
 
     Groups keep twice the density, 2 (1 - sparsity), of their vectors, chosen in fours over the whole layer for what 2:4
     will keep of them; the row permutation is searched on those values too. See `TVW` for the rest.
@@ -90,47 +98,18 @@ class ShflTVW(_TwoFour, ShflBW):
     Attributes:
         sparsity: fraction of pruned weights, in [0.5, 1).
         group_size: V, rows of a group.
-        balanced: every group keeps the same number of columns (see `VW`).
-        min_share: every group keeps at least this fraction, in [0, 1], of the mean number of columns a group keeps.
-        search: how rows are grouped, as in `ShflBW`.
-        shards: the permutation stays inside each of this many equal blocks of rows; it must divide M.
-        seed: of the search's random choices.
+        balanced: as in `ShflBW`, like `min_share`, `search`, `shards` and `seed`.
         rounds: of the search for the order of the columns.
     """
 
-    rounds: int = 16
     name: ClassVar[str] = "shfl_tvw"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        _check(self)
-
-    def units(self, shape: tuple[int, ...]) -> int:
-        """M * K weights."""
-        return shape[0] * shape[1]
-
-    def step(self, shape: tuple[int, ...]) -> int:
-        """One weight."""
-        return 1
-
-    # It is weights that 2:4 chooses: layers are compared weight by weight.
-    unit_keys = base.Pattern.unit_keys
-
-    def count(
-        self,
-        shape: tuple[int, ...],
-        sparsity: float | jax.Array | None = None,
-        fraction: float | jax.Array = 1.0,
-    ) -> jax.Array:
-        """See `Pattern.count`."""
-        return base.Pattern.count(self, shape, sparsity, fraction)
 
     def mask(self, scores: jax.Array, count: jax.Array | int, previous: Mask | None = None) -> Mask:
         """See `Pattern.mask`; `count` is the number of weights to keep, met to half a four of vectors."""
         base.check_shape(self, scores.shape)
         m, k = scores.shape
         values = fours.spared_values(scores, base.padded_rows(m, 1), jnp.ones((m, k), bool), 1)
-        # K-means' binary mask has the density of the vectors: at twice that it would keep everything from 50% on.
+        # K-means' binary mask gets the density of the vectors; at twice that it would keep everything from 50% on.
         share = _share(jnp.asarray(count, jnp.int32), m * k)
         vectors = self.num_groups(m) * k
         density = 2 * (jnp.asarray(base.scaled(vectors, share), jnp.int32) / vectors).astype(jnp.float32)
@@ -149,14 +128,7 @@ class ShflTVW(_TwoFour, ShflBW):
             # As in VW, the sums of a smaller group are scaled up to V rows.
             return self.choose(sums * (self.group_size / jnp.maximum(sizes, 1)), units, groups)
 
-        return _mask(self, scores, rows, jnp.ones((groups, 1), bool), count, choose, self.rounds)
-
-
-def _check(pattern: TVW | ShflTVW) -> None:
-    if pattern.sparsity < pattern.min_sparsity:
-        raise base.field_error(pattern, "sparsity", "be at least 0.5, which 2:4 alone reaches (use VW or TW below)")
-    if not isinstance(pattern.rounds, int) or pattern.rounds < 0:
-        raise base.field_error(pattern, "rounds", "be a non-negative integer")
+        return _mask(self, scores, rows, jnp.ones((groups, 1), bool), count, choose)
 
 
 def _doubled(count: jax.Array | int, units: int) -> jax.Array:
@@ -170,25 +142,23 @@ def _share(count: jax.Array, units: int) -> jax.Array:
 
 
 def _mask(
-    pattern: TVW | ShflTVW,
+    pattern: _TwoFour,
     scores: jax.Array,
     rows: jax.Array,
     live: jax.Array,
     count: jax.Array | int,
     choose: Callable[[jax.Array, jax.Array], jax.Array],
-    rounds: int,
 ) -> Mask:
     """Chooses columns in fours, orders them, and keeps two of every four.
 
     Args:
-        pattern: whose `group_size` counts.
+        pattern: whose `group_size` and `rounds` count.
         scores: (M, K).
         rows: (R * V,) int32.
         live: (R, 1) bool, groups that keep anything.
         count: the weights to keep.
         choose: (sums (R, F) of each group's columns in descending order, four by four; the number of columns in each of
             the F fours (F,)) -> (R, F) bool, the kept fours, a prefix of every group's.
-        rounds: of the search for the order.
     """
     (m, k), v = scores.shape, pattern.group_size
     num_fours = -(-k // 4)
@@ -200,7 +170,7 @@ def _mask(
         ranked = jnp.pad(jnp.take_along_axis(sums, best_first, axis=1), ((0, 0), (0, -k % 4)))
         used = choose(ranked.reshape(-1, num_fours, 4).sum(2), widths).sum(1, keepdims=True)
         kept = (jnp.argsort(best_first, axis=1) < 4 * used) & live
-    order = fours.order_columns(scores, rows, kept, v, rounds=rounds)
+    order = fours.order_columns(scores, rows, kept, v, rounds=pattern.rounds)
     chosen = fours.choose_two(scores, rows, order, v)
 
     def with_others() -> jax.Array:

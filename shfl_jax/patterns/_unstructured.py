@@ -19,9 +19,6 @@ class Unstructured(base.Pattern):
 
     name: ClassVar[str] = "unstructured"
 
-    def __post_init__(self) -> None:
-        base.check_sparsity(self.sparsity)
-
     @property
     def group_size(self) -> int:
         """V = 1: every row has its own columns."""

@@ -15,8 +15,7 @@ class VW(base.Pattern):
     """Keeps V x 1 vectors of consecutive rows by the sum of their scores.
 
     One threshold over the whole layer, so the counts of the row groups differ, unless `balanced`. Where M is no
-    multiple of V the last group is smaller; its sums are scaled up to V rows, because by the bare sum it would lose
-    all.
+    multiple of V the last group is smaller; its sums are scaled up to V rows, because its plain sums would rank last.
 
     Attributes:
         sparsity: fraction of pruned vectors, in [0, 1).
@@ -32,7 +31,7 @@ class VW(base.Pattern):
     name: ClassVar[str] = "vw"
 
     def __post_init__(self) -> None:
-        base.check_sparsity(self.sparsity)
+        super().__post_init__()
         base.check_sizes(self, "group_size")
         if not 0 <= self.min_share <= 1:
             raise base.field_error(self, "min_share", "lie in [0, 1]")
@@ -56,7 +55,7 @@ class VW(base.Pattern):
     def unit_keys(self, scores: jax.Array) -> jax.Array:
         """See `Pattern.unit_keys`: vectors of consecutive rows; if balanced, the groups' best, second best and so on.
 
-        Shfl-BW too ranks them in the order the rows have without a search, which would need the count.
+        Shfl-BW also ranks vectors of rows in their own order: a search would need the count.
         """
         m = scores.shape[0]
         rows = jnp.minimum(jnp.arange(self.num_groups(m) * self.group_size, dtype=jnp.int32), m)
@@ -64,19 +63,6 @@ class VW(base.Pattern):
         if self.balanced:
             sums = jnp.sort(sums, axis=1, descending=True).mean(0)
         return base.rank_keys(sums).reshape(-1)
-
-    def count(
-        self,
-        shape: tuple[int, ...],
-        sparsity: float | jax.Array | None = None,
-        fraction: float | jax.Array = 1.0,
-    ) -> jax.Array:
-        """See `Pattern.count`. A multiple of R if balanced."""
-        count = super().count(shape, sparsity, fraction)
-        return self._per_group(count, self.num_groups(shape[0])) * self.num_groups(shape[0]) if self.balanced else count
-
-    def _per_group(self, count: jax.Array | int, groups: int) -> jax.Array:
-        return (jnp.asarray(count, jnp.int32) + groups // 2) // groups
 
     def mask(self, scores: jax.Array, count: jax.Array | int, previous: Mask | None = None) -> Mask:
         """See `Pattern.mask`; a unit is one vector, vectors are numbered along K first."""
@@ -95,7 +81,7 @@ class VW(base.Pattern):
         keys = base.rank_keys(sums)
         top_of_groups = jax.vmap(base.top, in_axes=(0, None))
         if self.balanced:
-            return top_of_groups(keys, self._per_group(count, groups))
+            return top_of_groups(keys, (jnp.asarray(count, jnp.int32) + groups // 2) // groups)
         if self.min_share:
             floor = base.scaled(jnp.asarray(count, jnp.int32) // groups, self.min_share)
             keys = jnp.where(top_of_groups(keys, floor), base.ALWAYS, keys)

@@ -9,7 +9,7 @@ import optax
 
 from shfl_jax._layers import LayerSpec
 from shfl_jax._paths import path_leaves
-from shfl_jax.pruning._masking import Matrices, elements, float32_like, layers_of, search, soft
+from shfl_jax.pruning._masking import Matrices, elements, float32_like, layers_of, soft
 from shfl_jax.pruning._prune import prune_states
 from shfl_jax.pruning._schedules import Schedule
 from shfl_jax.sparse import Masks
@@ -67,7 +67,6 @@ def admm(
     if not rho > 0:
         raise ValueError(f"rho must be positive, got {rho}")
     layers = layers_of(specs)
-    by_path = {spec.path: spec for spec in layers}
 
     def target(kernels: Matrices, masks: Masks, memory: ADMMMemory) -> Matrices:
         # At first nothing is pruned, so that U is zero.
@@ -80,18 +79,15 @@ def admm(
         sums = {path: jnp.where(finite[path], new, memory.sums[path]) for path, new in target.items()}
         return ADMMMemory(sums, {path: jnp.where(finite[path], jnp.float32(rho), memory.rho[path]) for path in target})
 
-    def find(step: jax.Array, scores: Matrices, masks: Masks) -> dict[str, Any]:
-        return search(step, scores, by_path, masks, schedule, allocation)
-
     return soft(
-        optax.with_extra_args_support(inner),
+        inner,
         layers,
         schedule,
+        allocation,
         adjust=lambda gradients, kernels, masks: gradients,
         target=target,
-        find=find,
         remember=remember,
-        memory=lambda params: ADMMMemory(float32_like(params, layers), {path: jnp.float32(0) for path in by_path}),
+        memory=lambda params: ADMMMemory(float32_like(params, layers), {spec.path: jnp.float32(0) for spec in layers}),
     )
 
 

@@ -33,7 +33,7 @@ def compressed_state(inner: optax.GradientTransformation, opt_state: Any, sparse
         def loss(params, batch):
             return task(shfl_jax.linen.apply(model, {**sparse, "params": params}, batch))
 
-        grads = jax.grad(loss)(sparse["params"], batch)  # inner.update and optax.apply_updates, as ever
+        grads = jax.grad(loss)(sparse["params"], batch)  # then inner.update and optax.apply_updates as usual
 
     Args:
         inner: the optimizer that the pruning method wrapped.

@@ -58,7 +58,7 @@ def distillation(
         jax.nn.log_softmax(scores.astype(jnp.float32) / temperature)
         for scores in (logits, jax.lax.stop_gradient(teacher_logits))
     )
-    # A class that the teacher rules out (a logit of -inf) adds nothing, whatever the student thinks of it.
+    # A class that the teacher rules out (a logit of -inf) adds nothing, whatever the student's logit is.
     chances = jnp.exp(theirs)
     divergence = jnp.sum(jnp.where(chances > 0, chances * (theirs - ours), 0), axis=-1)
     return weight * temperature**2 * divergence + (1 - weight) * jnp.asarray(task_loss, jnp.float32)

@@ -104,7 +104,7 @@ def refresh(
 
 
 def hard(
-    inner: optax.GradientTransformationExtraArgs,
+    inner: optax.GradientTransformation,
     layers: tuple[LayerSpec, ...],
     schedule: Schedule,
     *,
@@ -124,6 +124,7 @@ def hard(
         remember: (kernels, their gradients, memory) -> the memory, at every step and before the masks are updated.
         memory: parameters, or a placeholder without leaves, to the memory at first.
     """
+    inner_update = optax.with_extra_args_support(inner).update
 
     def init(params: optax.Params) -> PruneState:
         return start(inner, layers, params)._replace(memory=memory(params))
@@ -146,7 +147,7 @@ def hard(
         masks, skipped, inner_state = jax.lax.cond(
             schedule.is_update(state.step), renew, lambda *same: same, state.masks, state.skipped, state.inner_state
         )
-        updates, inner_state = inner.update(masks.apply(updates), inner_state, params, **extra_args)
+        updates, inner_state = inner_update(masks.apply(updates), inner_state, params, **extra_args)
         proposed = layer_kernels(updates, layers)
         updates = update_paths(
             updates, {path: jnp.where(keep, proposed[path], -kernels[path]) for path, keep in elements(masks).items()}
@@ -157,13 +158,13 @@ def hard(
 
 
 def soft(
-    inner: optax.GradientTransformationExtraArgs,
+    inner: optax.GradientTransformation,
     layers: tuple[LayerSpec, ...],
     schedule: Schedule,
+    allocation: str | Mapping[str, float],
     *,
     adjust: Callable[[Matrices, Matrices, Masks], Matrices],
     target: Callable[[Matrices, Masks, Any], Matrices],
-    find: Find,
     remember: Callable[[Matrices, dict[str, jax.Array], Any], Any] = lambda target, finite, memory: memory,
     memory: Callable[[optax.Params], Any] = lambda params: None,
 ) -> optax.GradientTransformationExtraArgs:
@@ -176,13 +177,17 @@ def soft(
         inner: the optimizer.
         layers: the layers.
         schedule: when masks are updated.
+        allocation: how sparsity is spread over layers.
         adjust: (gradients, kernels, masks) -> gradients for the inner optimizer.
         target: (kernels, masks, memory) -> the arrays whose magnitudes choose the new masks, kernel-shaped float32.
-        find: new masks from the magnitudes, path -> (*batch, M, K).
         remember: (target, whether a layer was finite, memory) -> the memory after an update of the masks.
         memory: parameters, or a placeholder without leaves, to the memory at first.
     """
+    inner_update = optax.with_extra_args_support(inner).update
     by_path = {spec.path: spec for spec in layers}
+
+    def find(step: jax.Array, scores: Matrices, masks: Masks) -> dict[str, Mask]:
+        return search(step, scores, by_path, masks, schedule, allocation)
 
     def renew(
         step: jax.Array, kernels: Matrices, masks: Masks, skipped: dict, recalled: Any
@@ -209,7 +214,7 @@ def soft(
             raise ValueError("a pruning method needs the parameters: call update(grads, state, params)")
         kernels = layer_kernels(params, layers)
         updates = update_paths(updates, adjust(layer_kernels(updates, layers), kernels, state.masks))
-        updates, inner_state = inner.update(updates, state.inner_state, params, **extra_args)
+        updates, inner_state = inner_update(updates, state.inner_state, params, **extra_args)
         # What `optax.apply_updates` will make of them.
         moved = {
             path: (kernels[path] + step).astype(kernels[path].dtype)
@@ -344,9 +349,8 @@ def choose_masks(
     if not isinstance(pattern, ShflBW):
         choose = functools.partial(jax.lax.map, lambda args: pattern.mask(args[0], args[2], args[1]), batch_size=batch)
         return choose((scores, previous, count))
-    # Rows are grouped for the target when a layer that is whole is pruned, and again only when the schedule says:
-    # weights that were pruned in one company would stay zero in another, and every change of company costs what had
-    # been learned since the last.
+    # Rows are grouped, for the target sparsity, when a layer is first pruned, and again only when the schedule says so:
+    # regrouping rows discards what weights had adapted to their group, and weights pruned before are still zero.
     free = previous.kept.all((-1, -2)) | anew
     search = functools.partial(jax.lax.map, lambda args: pattern.mask(*args).rows, batch_size=batch)
     found = jax.lax.cond(free.any(), search, lambda args: args[2].rows, (scores, target, previous))

@@ -82,7 +82,6 @@ def prune(
             averages[path] = jnp.where(jnp.isfinite(effect).all(), new, old)
         return averages
 
-    inner = optax.with_extra_args_support(inner)
     if score == "magnitude":
         return hard(inner, layers, schedule, scores=magnitudes, find=find)
     return hard(
@@ -97,7 +96,7 @@ def prune(
 
 
 def masks(opt_state: Any) -> Masks:
-    """The masks in an optimizer's state, wherever a pruning method stands in it.
+    """The masks in an optimizer's state, wherever in it the pruning method is.
 
     Args:
         opt_state: the state of any optimizer that contains `prune` or another pruning method; also the `opt_state` of

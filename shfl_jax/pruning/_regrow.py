@@ -1,4 +1,4 @@
-"""Regrowth: masks whose weights are exchanged in training, at a number that stays."""
+"""Regrowth: masks that exchange weights during training and keep their number."""
 
 from collections.abc import Iterable, Mapping
 
@@ -20,7 +20,7 @@ def regrow(
     drop: float = 0.3,
     allocation: str | Mapping[str, float] = "uniform",
 ) -> optax.GradientTransformationExtraArgs:
-    """Wraps an optimizer so that a sparse model is trained whose masks move to where the gradient is.
+    """Wraps an optimizer so that the masks of a sparse model move to where gradients are large.
 
     RigL (Evci et al., "Rigging the Lottery: Making All Tickets Winners", ICML 2020, arXiv 1911.11134), as
     `SparseRigLOptimizer` in `rigl/sparse_optimizers.py` of `google-research/rigl` has it, by columns of row groups
@@ -30,8 +30,8 @@ def regrow(
     falls from `drop` to zero by a cosine while the schedule's fraction rises from 0 to 1.
 
     Like `prune` this is a hard method, with exact zeros after every update. A layer that is whole at an update of the
-    masks is pruned to its target, by magnitude; the schedule's first update does that. Elsewhere gradients must not be
-    masked: those of pruned weights are what growth goes by.
+    masks is pruned to its target, by magnitude; the schedule's first update does that. Gradients must not be masked
+    elsewhere: growth needs those of pruned weights.
 
     Args:
         inner: the optimizer.
@@ -76,7 +76,7 @@ def regrow(
             found[path] = move(spec.pattern, *scores[path], masks[path], share, pruned[path])
         return found
 
-    return hard(optax.with_extra_args_support(inner), layers, schedule, scores=scores, find=find)
+    return hard(inner, layers, schedule, scores=scores, find=find)
 
 
 def _exchange(

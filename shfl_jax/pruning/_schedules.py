@@ -20,11 +20,9 @@ class Schedule(Protocol):
 
     def __call__(self, step: jax.Array | int) -> jax.Array:
         """The fraction of every pattern's own sparsity that is due at a step: float32 scalar in [0, 1]."""
-        ...
 
     def is_update(self, step: jax.Array | int) -> jax.Array:
         """Whether the masks are computed anew at a step: bool scalar."""
-        ...
 
 
 @runtime_checkable
@@ -33,7 +31,6 @@ class RowSchedule(Protocol):
 
     def is_search(self, step: jax.Array | int) -> jax.Array:
         """Whether an update of the masks at this step searches the rows anew, from those in force: bool scalar."""
-        ...
 
 
 class Turn(NamedTuple):
@@ -50,7 +47,7 @@ class Turn(NamedTuple):
 
 @runtime_checkable
 class LayerSchedule(Protocol):
-    """A schedule whose layers do not proceed alike."""
+    """A schedule that treats layers differently."""
 
     def turns(self, step: jax.Array | int, paths: Sequence[str]) -> Mapping[str, Turn]:
         """Where every layer stands at a step that updates the masks.
@@ -62,7 +59,6 @@ class LayerSchedule(Protocol):
         Returns:
             path -> `Turn`.
         """
-        ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,10 +132,7 @@ class _Window:
 
 @dataclasses.dataclass(frozen=True)
 class Cubic(_Window):
-    """Gradual pruning, fast at first and slow near the target. Build it with `cubic`.
-
-    Nothing is pruned at `begin` yet; the target is reached at `end`.
-    """
+    """Gradual pruning, fast at first and slow near the target. Build it with `cubic`."""
 
     def __call__(self, step: jax.Array | int) -> jax.Array:
         """See `Schedule`."""
@@ -148,10 +141,7 @@ class Cubic(_Window):
 
 @dataclasses.dataclass(frozen=True)
 class Linear(_Window):
-    """Gradual pruning at an even pace. Build it with `linear`.
-
-    Nothing is pruned at `begin` yet; the target is reached at `end`.
-    """
+    """Gradual pruning at an even pace. Build it with `linear`."""
 
     def __call__(self, step: jax.Array | int) -> jax.Array:
         """See `Schedule`."""
@@ -231,7 +221,7 @@ class GrowAndPrune:
         return self.begin + self.turn * self.rounds * len(self.partitions)
 
     def __call__(self, step: jax.Array | int) -> jax.Array:
-        """See `Schedule`: the fraction of the layers whose turn to be dense it is not."""
+        """See `Schedule`: the fraction for layers that are not having their dense turn."""
         return (jnp.asarray(step) >= self.begin).astype(jnp.float32)
 
     def is_update(self, step: jax.Array | int) -> jax.Array:
@@ -287,7 +277,7 @@ def cubic(begin: int, end: int, every: int = 1, search_every: int | None = None)
     The schedule of Zhu and Gupta, "To prune, or not to prune" (2017, arXiv 1710.01878), from an initial sparsity of 0.
 
     Args:
-        begin: the first step that updates the masks.
+        begin: the first step that updates the masks; nothing is pruned by it yet.
         end: the last one, at which the target is reached.
         every: steps between updates.
         search_every: steps between new searches of row permutations, which start from those in force; None searches
@@ -300,31 +290,14 @@ def cubic(begin: int, end: int, every: int = 1, search_every: int | None = None)
 
 
 def linear(begin: int, end: int, every: int = 1, search_every: int | None = None) -> Linear:
-    """Prunes gradually: at a step t of the way from `begin` to `end`, the sparsity is t of the target.
-
-    Args:
-        begin: the first step that updates the masks.
-        end: the last one, at which the target is reached.
-        every: steps between updates.
-        search_every: as in `cubic`.
-
-    Raises:
-        ValueError: as `cubic`.
-    """
+    """As `cubic`, but at a step t of the way from `begin` to `end`, the sparsity is t of the target."""
     return Linear(begin, end, every, search_every)
 
 
 def constant(begin: int, end: int, every: int = 1, search_every: int | None = None) -> Constant:
-    """The whole target at once, and masks that follow the weights: for methods whose pruned weights can come back.
+    """As `cubic`, but with the whole target from `begin` on: for methods whose pruned weights can come back.
 
-    Args:
-        begin: the first step that updates the masks.
-        end: the last one; the masks stay as they are from then on.
-        every: steps between updates.
-        search_every: as in `cubic`.
-
-    Raises:
-        ValueError: as `cubic`.
+    The masks follow the weights until `end`, and stay as they are from then on.
     """
     return Constant(begin, end, every, search_every)
 
@@ -334,15 +307,15 @@ def stages(steps: Sequence[int], sparsities: Sequence[float], search: bool = Fal
 
     Args:
         steps: the step at which each stage prunes, ascending.
-        sparsities: the sparsity of each stage, not falling. The last stands for every pattern's own sparsity, the
-            others for as much less of it: 25% of a list that ends with 75% is a third of the target.
+        sparsities: the sparsity of each stage, not falling. The last stands for each pattern's own sparsity, the others
+            for proportionally less of it: 25% in a list that ends with 75% is a third of the target.
         search: whether every stage searches the row permutations anew, starting from those in force.
 
     Raises:
         ValueError: no stage, lists of different lengths, steps that do not ascend from 0 or later, or sparsities that
             fall or do not lie in (0, 1].
     """
-    steps, sparsities = tuple(int(s) for s in steps), tuple(float(s) for s in sparsities)
+    steps, sparsities = tuple(map(int, steps)), tuple(map(float, sparsities))
     if not steps or len(steps) != len(sparsities):
         raise ValueError(
             f"stages need one sparsity for each step, got {len(steps)} steps, {len(sparsities)} sparsities"
@@ -360,10 +333,10 @@ def grow_and_prune(partitions: Sequence[str], begin: int, turn: int, rounds: int
 
     GaP (Ma et al., "Effective Model Sparsification by Scheduled Grow-and-Prune Methods", ICLR 2022, arXiv 2106.09857).
 
-    At `begin` all layers are pruned but those of the first partition. After every turn that partition is pruned, by its
-    weights of then, and the next one is grown to dense, its pruned weights from zero. Every partition has `rounds`
-    turns; after the last, all layers are pruned. A layer whose turn neither begins nor ends keeps its mask. Where a
-    pattern permutes rows, they are searched whenever a dense layer is pruned.
+    At `begin` all layers but those of the first partition are pruned. After each turn that partition is pruned, by its
+    weights at that time, and the next one is grown to dense, its pruned weights from zero. Every partition has `rounds`
+    turns; after the last, all layers are pruned. A layer whose turn neither begins nor ends keeps its mask. Row
+    permutations are searched whenever a dense layer is pruned.
 
     Args:
         partitions: a regular expression each, as in `shfl_jax.Plan`: the first that matches a layer's whole path owns

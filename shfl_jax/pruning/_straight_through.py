@@ -1,14 +1,12 @@
 """Straight-through training: the loss sees sparse weights, the optimizer keeps dense ones."""
 
 from collections.abc import Iterable, Mapping
-from typing import Any
 
-import jax
 import jax.numpy as jnp
 import optax
 
 from shfl_jax._layers import LayerSpec
-from shfl_jax.pruning._masking import Matrices, elements, layers_of, search, soft
+from shfl_jax.pruning._masking import Matrices, elements, layers_of, soft
 from shfl_jax.pruning._schedules import Schedule
 from shfl_jax.sparse import Masks
 
@@ -30,11 +28,11 @@ def straight_through(
         grads = jax.grad(loss)(shfl_jax.pruning.sparse_params(params, opt_state), batch)
         updates, opt_state = tx.update(grads, opt_state, params)
 
-    The state always holds the masks for the next step, those of the weights of then: a step that the schedule names
+    The state always holds the masks for the next step, computed from its weights: a step that the schedule names
     begins with new masks, step 0 with those that `init` finds. Parameters stay dense and moments are left alone;
     evaluate and compress `shfl_jax.pruning.sparse_params`. A layer with a non-finite weight keeps its mask and counts
-    that in `PruneState.skipped`. The updates must reach the parameters as they are, inside `optax.MultiSteps` and the
-    like too.
+    that in `PruneState.skipped`. The updates must reach the parameters unchanged, also inside `optax.MultiSteps` and
+    the like.
 
     Args:
         inner: the optimizer.
@@ -51,8 +49,6 @@ def straight_through(
     """
     if not decay >= 0:
         raise ValueError(f"decay pulls pruned weights to zero and must not be negative, got {decay}")
-    layers = layers_of(specs)
-    by_path = {spec.path: spec for spec in layers}
 
     def adjust(gradients: Matrices, kernels: Matrices, masks: Masks) -> Matrices:
         return {
@@ -63,7 +59,4 @@ def straight_through(
     def target(kernels: Matrices, masks: Masks, memory: None) -> Matrices:
         return {path: kernel.astype(jnp.float32) for path, kernel in kernels.items()}
 
-    def find(step: jax.Array, scores: Matrices, masks: Masks) -> dict[str, Any]:
-        return search(step, scores, by_path, masks, schedule, allocation)
-
-    return soft(optax.with_extra_args_support(inner), layers, schedule, adjust=adjust, target=target, find=find)
+    return soft(inner, layers_of(specs), schedule, allocation, adjust=adjust, target=target)

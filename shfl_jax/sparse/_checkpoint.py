@@ -91,7 +91,7 @@ def save(path: str | os.PathLike[str], sparse: Mapping[str, Any]) -> None:
 
 
 def load(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Loads a compressed model and checks it. No dense weight of a compressed layer is made on the way.
+    """Loads a compressed model and checks it, without making the dense weights of compressed layers.
 
     Args:
         path: the directory that `save` wrote.
@@ -106,15 +106,13 @@ def load(path: str | os.PathLike[str]) -> dict[str, Any]:
     header = _read_header(path)
     _check_files(path, header["files"])
     stored = path / header["directory"]
-    targets = {
-        name: {
-            key: jax.ShapeDtypeStruct(tuple(entry["shape"]), jnp.dtype(entry["dtype"])) for key, entry in tree.items()
-        }
-        for name, tree in header["arrays"].items()
-    }
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+
+    def target(entry: dict[str, Any]) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(tuple(entry["shape"]), jnp.dtype(entry["dtype"]), sharding=device)
+
+    targets = {name: {key: target(entry) for key, entry in tree.items()} for name, tree in header["arrays"].items()}
     abstract = {name: nest(tree) for name, tree in targets.items() if tree}
-    abstract = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device), abstract)
     try:
         with ocp.StandardCheckpointer() as checkpointer:
             restored = checkpointer.restore(stored, abstract)
@@ -128,14 +126,11 @@ def load(path: str | os.PathLike[str]) -> dict[str, Any]:
             spec = decode_spec(entry["spec"])
             integers = None
             if not entry["dense_because"]:
-                parts = [flat["topology"].get(f"{name}/{field}") for field in _INTEGERS]
+                parts: list[Any] = [flat["topology"].get(f"{name}/{field}") for field in _INTEGERS]
                 if any(part is None for part in parts[:3]):
                     raise ValueError("its topology lacks an array")
                 m, k = spec.matrix_shape
                 columns, group_ptr, rows, *pairs = parts
-                assert columns is not None
-                assert group_ptr is not None
-                assert rows is not None
                 matrix = row_grouped(flat["params"][name], columns, group_ptr, rows, *pairs, m=m, k=k)
                 integers = matrix.topology
                 if _describe(CompressedLayer(integers, spec))["V"] != entry["V"]:

@@ -18,7 +18,7 @@ from shfl_jax._paths import path_leaves, update_paths
 from shfl_jax.patterns import Mask
 from shfl_jax.sparse._masks import Masks
 
-SLOWEST = 0.97  # of the speed of dense: below it a layer stays dense
+SLOWEST = 0.97  # relative to dense speed; a layer that would be slower stays dense
 
 
 @functools.partial(
@@ -90,24 +90,21 @@ def compress(
             raise ValueError(f"the parameters have no {spec.path!r}; pass the tree that the specs were resolved from")
         mask = masks[spec.path]
         weight = _checked_weight(kernels[spec.path], mask, spec)
-        reason = _why_dense(mask, spec)
-        if reason:
+        reason, matrix = _why_dense(mask, spec), None
+        if not reason:
+            matrix = compress_kernel(weight, mask)
+            reason = _why_slower(matrix, spec, expected, jnp.dtype(dtype or matrix.dtype).name)
+        if reason or matrix is None:
             values[spec.path] = spec.from_matrix(jnp.where(mask.elements(), weight, 0))
             topology[spec.path] = CompressedLayer(None, spec, reason, expected)
         else:
-            matrix = compress_kernel(weight, mask)
-            reason = _why_slower(matrix, spec, expected, jnp.dtype(dtype or matrix.dtype).name)
-            if reason:
-                values[spec.path] = spec.from_matrix(jnp.where(mask.elements(), weight, 0))
-                topology[spec.path] = CompressedLayer(None, spec, reason, expected)
-                continue
             values[spec.path] = matrix.values
             topology[spec.path] = CompressedLayer(matrix.topology, spec, "", expected)
     return {"params": update_paths(params, values), "topology": nest(topology)}
 
 
 def _why_slower(matrix: RowGrouped, spec: LayerSpec, tokens: tuple[int, ...], dtype: str) -> str:
-    """Why a layer would not pay at the declared token counts on the default device, "" if it would or nobody knows."""
+    """Why a layer is left dense for the declared token counts and the default device; "" to compress it."""
     topology = matrix.topology
     problem: dict[str, Any] = {
         "slots": topology.num_slots,
@@ -121,7 +118,7 @@ def _why_slower(matrix: RowGrouped, spec: LayerSpec, tokens: tuple[int, ...], dt
         predict = functools.partial(pallas_kernels.predict, equal=topology.equal_counts, **problem)
     for n in tokens:
         prediction = predict(*matrix.shape, n, dtype=dtype)
-        if prediction is None:  # the ratio of another dtype is a better guess than none
+        if prediction is None:  # bfloat16's ratio is a better guess than none
             prediction = predict(*matrix.shape, n, dtype="bfloat16")
         if prediction is not None and prediction.speedup < SLOWEST:
             return f"predicted at {prediction.speedup:.2f} of dense speed for {n} tokens"
@@ -241,7 +238,7 @@ def compress_kernel(weight: Any, mask: Mask) -> RowGrouped:
     rows, order = np.asarray(mask.rows), np.asarray(mask.order)
     live = (rows < mask.m).reshape(*order.shape[:-1], mask.group_size).sum(-1)
     stored = (order < mask.shape[1]).reshape(*order.shape[:-1], -1, 4).sum(-1)
-    if np.asarray(mask.choice).sum() > (live * np.minimum(stored, 2).sum(-1)).sum():  # a schedule on its way
+    if np.asarray(mask.choice).sum() > (live * np.minimum(stored, 2).sum(-1)).sum():  # partway through a schedule
         return pallas_kernels.from_dense(np.where(mask.choice, weight, 0), rows, mask.kept)
     return pallas_kernels.from_dense_two_four(weight, rows, order, mask.choice)
 

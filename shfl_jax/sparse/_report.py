@@ -2,9 +2,7 @@
 
 import dataclasses
 import io
-import statistics
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -17,6 +15,9 @@ import pallas_kernels
 from pallas_kernels import RowGrouped
 from shfl_jax._paths import path_leaves
 from shfl_jax.sparse._compress import CompressedLayer, layers, matrices
+
+MEASURED_US = 2e5
+"""How long `report` measures a layer at one token count, unless a single call takes longer."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -185,25 +186,16 @@ def _compressed(path: str, layer: CompressedLayer, matrix: RowGrouped) -> LayerR
 
 
 def _timed(matrix: RowGrouped, tokens: int) -> Timing:
+    from pallas_kernels import timing  # imports Mosaic GPU, which only measurements need
+
     x = jax.random.normal(jax.random.key(0), (tokens, matrix.shape[1]), matrix.dtype)
     kernel = pallas_kernels.to_dense(matrix).T  # (K, M), as Flax keeps it
     sparse_fun, dense_fun = jax.jit(pallas_kernels.matmul), jax.jit(jnp.matmul)
-    sparse_us, dense_us = _medians(lambda: sparse_fun(matrix, x), lambda: dense_fun(x, kernel))
-    return Timing(tokens, sparse_us, dense_us)
-
-
-def _medians(*funs: Callable[[], jax.Array], seconds: float = 0.1) -> list[float]:
-    """Median times in microseconds, the functions taking turns so that a change of clock hits all alike."""
-    for fun in funs:
-        jax.block_until_ready(fun())
-    times: list[list[float]] = [[] for _ in funs]
-    end = time.perf_counter() + seconds * len(funs)
-    while len(times[0]) < 5 or (time.perf_counter() < end and len(times[0]) < 1000):
-        for fun, taken in zip(funs, times, strict=True):
-            start = time.perf_counter()
-            jax.block_until_ready(fun())
-            taken.append(1e6 * (time.perf_counter() - start))
-    return [statistics.median(taken) for taken in times]
+    functions = {"sparse": lambda: sparse_fun(matrix, x), "dense": lambda: dense_fun(x, kernel)}
+    once = timing.interleaved_us(functions, 1)
+    runs = min(max(round(MEASURED_US / sum(once.values())), 5), 1000)
+    times = timing.interleaved_us(functions, runs)
+    return Timing(tokens, times["sparse"], times["dense"])
 
 
 def _cell(timing: Timing | None) -> str:

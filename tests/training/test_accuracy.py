@@ -11,7 +11,7 @@ import pytest
 import shfl_jax
 from shfl_jax import pruning
 from training import accuracy, accuracy_plot, claims
-from training.sweep import Sweep, sparsities, sweep
+from training.sweep import Sweep, make_sweep, sparsities
 from training.tasks import TASKS, Recipe, digits, shapes, translation
 from training.tasks.task import unfolded_convolution
 
@@ -62,7 +62,7 @@ def test_every_task_trains_and_leaves_records(tmp_path, name, labels):
 @pytest.mark.parametrize(("name", "convolutions"), [("digits", 2), ("shapes", 2)])
 def test_compressed_convolutions_run_in_the_kernels_of_a_gpu(name, convolutions):
     task, pattern = TASKS[name](True), shfl_jax.VW(0.5, group_size=16)
-    specs = sweep(task, (0,)).specs
+    specs = make_sweep(task, (0,)).specs
     params = jax.jit(task.model.init)(jax.random.key(0), *task.example)["params"]
     kernels = shfl_jax.path_leaves(params)
     masks = {path: shfl_jax.mask(jnp.abs(spec.to_matrix(kernels[path])), pattern) for path, spec in specs.items()}
@@ -174,7 +174,7 @@ def small(every=4):
 
 def test_a_sweep_does_what_the_transformation_does():
     task, pattern = small(), shfl_jax.VW(0.75, group_size=16)
-    programs = sweep(task, (3,))
+    programs = make_sweep(task, (3,))
     models, renewal, masks = programs.start(), programs.compile_renewal(pattern), programs.whole(pattern)
     models, masks, kept = renewal(models, masks, np.float32(0.75), np.float32(1))
     # The transformation finds the same masks in weights that are pruned already, and its first gradient is theirs too.
@@ -206,7 +206,7 @@ def test_a_sweep_does_what_the_transformation_does():
 
 
 def test_one_program_of_masks_serves_every_sparsity():
-    programs = sweep(small(), (0, 1))
+    programs = make_sweep(small(), (0, 1))
     renewal = programs.compile_renewal(shfl_jax.VW(0.75, group_size=8))
     for sparsity in (0.5, 0.9):
         models, masks = programs.start(), programs.whole(shfl_jax.VW(sparsity, group_size=8))
@@ -305,7 +305,7 @@ def test_differences_are_paired_and_judged_by_their_mean():
         *records_of("a", "Shfl-BW 64", [0.89, 0.80]),
         *records_of("a", "BW 32", [0.90, 0.70]),
     ]
-    found = {(r["claim"], r["task"]): r for r in claims.claims(records)}
+    found = {(r["claim"], r["task"]): r for r in claims.verdicts(records)}
     better = found["Shfl-BW 64 > BW 32", "a"]
     assert better["differences"] == "-1.00, +10.00"
     assert better["difference"] == pytest.approx(4.5)
@@ -324,7 +324,7 @@ def test_a_claim_counts_tasks():
         records += records_of(task, "dense", [0.9, 0.9], 0.0) + records_of(task, "Shfl-BW 64", [shuffled] * 2)
         records += records_of(task, "BW 32", [0.8] * 2) + records_of(task, "VW 64", [0.8] * 2)
         records += records_of(task, "Shfl-BW 64, K-means", [0.8] * 2)
-    verdicts = {r["claim"]: r["holds"] for r in claims.claims(records) if r["task"] == "all"}
+    verdicts = {r["claim"]: r["holds"] for r in claims.verdicts(records) if r["task"] == "all"}
     assert verdicts["Shfl-BW 64 > BW 32"] == "no"
     assert verdicts["Shfl-BW 64 >= VW 64"] == "yes"
     assert verdicts["Shfl-BW 64: annealing > K-means"] == "yes"
@@ -336,7 +336,7 @@ def test_bits_are_compared_in_percent_of_the_dense_ones():
     means = {r["label"]: r for r in claims.summary(records)}
     assert means["Shfl-BW 64"]["difference"] == pytest.approx(-2.5)
     assert means["dense"]["difference_text"] == ""
-    (loses,) = [r for r in claims.claims(records) if r["task"] == "t"]
+    (loses,) = [r for r in claims.verdicts(records) if r["task"] == "t"]
     assert loses["holds"] == "no"
 
 
@@ -344,7 +344,7 @@ def test_a_record_is_told_and_drawn(tmp_path):
     records = records_of("a", "dense", [0.9, 0.8], 0.0)
     for sparsity in (0.5, 0.75):
         records += records_of("a", "EW", [0.9, 0.8], sparsity) + records_of("a", "Shfl-BW 64", [0.8, 0.8], sparsity)
-    document = {"records": [*records, *claims.summary(records), *claims.claims(records)]}
+    document = {"records": [*records, *claims.summary(records), *claims.verdicts(records)]}
     means, judged = claims.tables(document)
     assert means.row_count == 5
     assert judged.row_count == 4

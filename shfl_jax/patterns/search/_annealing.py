@@ -34,11 +34,11 @@ def anneal(
     Two maximisations alternate: the kept columns of every group for given rows, and the rows of every group for given
     columns. For given columns a row has a gain in each group, the sum of its scores there; all gains are one matrix
     product. Groups then meet in pairs, R / 2 disjoint pairs a round, and the best balanced split of the 2 V rows of a
-    pair is a sort by the difference of their two gains. What a layer keeps is a maximum over choices of columns, so
-    whatever the rows gain with the columns held, it gains at least.
+    pair is a sort by the difference of their two gains. What a layer keeps is a maximum over choices of columns, so it
+    increases at least by what the rows gain for given columns.
 
-    Alone this stops at the nearest of many maxima. So normal noise is added to the gains, in proportion to their own
-    spread and falling linearly to none.
+    On its own this stops at the nearest of many local maxima, so normal noise is added to the gains, in proportion to
+    their spread and falling linearly to zero.
 
     Args:
         scores: (S, M / S, K) floating, non-negative and finite, computed with in float32.
@@ -70,11 +70,11 @@ def anneal(
         warmth = noise * spread * jnp.clip(1 - (t - count) / ((1 - COLD) * steps), 0, 1)
         gains += warmth * jax.random.normal(jax.random.fold_in(key, t), gains.shape)
         exchanged = jax.vmap(_exchange, in_axes=(0, 0, None, None))(gains, grouping, t * rounds, rounds)
-        # The starts have their turn first, then the best of them is annealed: one loop compiles faster than two.
+        # The starts are valued first, then the best of them is annealed: one loop compiles faster than two.
         grouping = jnp.where(t < count - 1, starts[jnp.minimum(t + 1, count - 1)], exchanged)
         return jnp.where(t == count - 1, best, grouping), best, most
 
-    # A step values the grouping that it is given, so one more is needed for the last.
+    # A step values the grouping that it is given, so the last grouping takes one more step.
     return jax.lax.fori_loop(0, count + steps + 1, step, (starts[0], starts[0], jnp.float32(-1)))[1]
 
 

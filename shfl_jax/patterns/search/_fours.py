@@ -23,9 +23,9 @@ def order_columns(
 ) -> jax.Array:
     """Searches an order in which 2:4 keeps much. Pure, of fixed shapes and steps, jit-able and vmap-able.
 
-    Columns are dealt to the fours by their sums, so that no four gets all the large ones. Then fours are refined in
-    pairs: of the 35 ways to split the eight columns of a pair the best is taken, which never loses. In round t the
-    fours j and t - j (modulo their number) meet, all at once; of F fours every two have met after F rounds.
+    Columns are dealt to the fours by their sums, so that no four gets all the large ones. Then fours are refined two by
+    two: of the 35 ways to split the eight columns of two fours the best is taken, which is never worse. Round t refines
+    the fours j and t - j (modulo their number), for all j at once; after F rounds any two of F fours have met.
 
     Args:
         scores: (M, K) floating, non-negative and finite.
@@ -70,10 +70,10 @@ def choose_two(scores: jax.Array, rows: jax.Array, order: jax.Array, group_size:
     real = order < k
     fours = jnp.where(real[:, None], _ordered(group_members(scores, rows, group_size), order), -1)
     fours = fours.reshape(groups, group_size, slots // 4, 4)
-    position = jnp.arange(4)
+    slot = jnp.arange(4)
     # A weight's rank is the number of those that beat it: the greater ones, and equal ones before it.
     greater = fours[..., None, :] > fours[..., :, None]
-    before = (fours[..., None, :] == fours[..., :, None]) & (position[None, :] < position[:, None])
+    before = (fours[..., None, :] == fours[..., :, None]) & (slot[None, :] < slot[:, None])
     chosen = (jnp.sum(greater | before, axis=-1) < 2).reshape(groups, group_size, slots) & real[:, None]
     slot_of = jnp.full((groups, k), slots, jnp.int32)
     slot_of = slot_of.at[jnp.arange(groups)[:, None], order].set(jnp.arange(slots, dtype=jnp.int32), mode="drop")
@@ -99,7 +99,7 @@ def spared_values(scores: jax.Array, rows: jax.Array, kept: jax.Array, group_siz
     group = jnp.zeros(m, jnp.int32).at[rows].set(jnp.arange(rows.shape[0], dtype=jnp.int32) // group_size, mode="drop")
     half = kept.sum(1, dtype=jnp.int32)[group] // 2
     ascending = jnp.sort(jnp.where(kept[group], scores, -1), axis=1)
-    # Any number between the two middle scores is a median; their mean tells columns apart that an end would not.
+    # Any number between the two middle scores is a median; with their mean fewer columns tie than with either of them.
     middle = jnp.stack([k - half, k - half - 1], axis=1)
     median = jnp.take_along_axis(ascending, jnp.clip(middle, 0, k - 1), axis=1)
     median = jnp.maximum(median, 0).mean(axis=1, keepdims=True)
@@ -108,7 +108,7 @@ def spared_values(scores: jax.Array, rows: jax.Array, kept: jax.Array, group_siz
 
 def group_members(scores: jax.Array, rows: jax.Array, group_size: int) -> jax.Array:
     """The scores of every group's rows: (R, V, K) float32, zero for sentinel rows."""
-    members = scores.at[rows].get(mode="fill", fill_value=0).astype(jnp.float32)
+    members = jnp.asarray(scores, jnp.float32).at[rows].get(mode="fill", fill_value=0)
     return members.reshape(-1, group_size, scores.shape[1])
 
 
@@ -120,15 +120,15 @@ def _ordered(members: jax.Array, order: jax.Array) -> jax.Array:
 def _refine(members: jax.Array, order: jax.Array, used: jax.Array, *, rounds: int) -> jax.Array:
     """Refines one group: members (V, K), order (4 F,), of which the first `used` fours hold columns."""
     num_fours = order.shape[0] // 4
-    pair = jnp.arange(num_fours // 2, dtype=jnp.int32)
+    meeting = jnp.arange(num_fours // 2, dtype=jnp.int32)
     splits = jnp.asarray(SPLITS)
 
     def play(t: jax.Array, fours: jax.Array) -> jax.Array:
-        first, second = t // 2 + 1 + pair, t - (t // 2 + 1 + pair)
-        partners = jnp.where(t % 2, used // 2, (used - 1) // 2)
-        first, second = (jnp.where(pair < partners, j % jnp.maximum(used, 1), num_fours) for j in (first, second))
+        first, second = t // 2 + 1 + meeting, t - (t // 2 + 1 + meeting)
+        meetings = jnp.where(t % 2, used // 2, (used - 1) // 2)
+        first, second = (jnp.where(meeting < meetings, j % jnp.maximum(used, 1), num_fours) for j in (first, second))
         eight = jnp.concatenate([fours.at[j].get(mode="fill", fill_value=members.shape[1]) for j in (first, second)], 1)
-        # (8, V, pairs): the columns of a four are then four contiguous planes.
+        # (8, V, F / 2): the columns of a four are then four contiguous planes.
         planes = members.T.at[eight.T].get(mode="fill", fill_value=0).transpose(0, 2, 1)
 
         def value(split: jax.Array) -> jax.Array:
