@@ -53,7 +53,7 @@ def _patterns(axis: Any, records: list[dict[str, Any]]) -> None:
     """Every seed of every pattern at 75%, and the means."""
     means = {r["label"]: _values(records, r["label"], 0.75) for r in records if r["sparsity"] == 0.75}
     dense = _values(records, "dense", 0.0)
-    # The best stand at the top, whichever way the measure goes.
+    # The best at the top, whether higher or lower is better.
     order = sorted(means, key=lambda label: means[label].mean(), reverse=not records[0]["higher"])
     for place, label in enumerate(order):
         colour = COLOURS[2] if label.startswith("Shfl") else COLOURS[1]

@@ -59,7 +59,7 @@ def summary(records: Sequence[Record]) -> list[Record]:
                 "difference": float(np.mean(paired)) if paired else None,
                 "difference_text": _spread(paired, "+.2f") if paired and label != "dense" else "",
                 "differences": _list(paired),
-                # Of the first seed, whose masked model stands beside it.
+                # The first seed alone is compressed.
                 "masked_text": f"{100 * values[0]:.2f}" if compressed else "",
                 "compressed_text": f"{100 * compressed[0]:.2f}" if compressed else "",
                 "also": _also(group),

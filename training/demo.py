@@ -36,7 +36,7 @@ class Preset:
     """A size of the demo.
 
     Attributes:
-        model: the model, but for its vocabulary.
+        model: the model; its vocabulary is set later.
         batch: windows a step.
         dense_steps: steps of the dense model before pruning.
         prune_steps: further steps of every model, the dense one included.

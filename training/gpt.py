@@ -1,4 +1,4 @@
-"""A small GPT in Flax Linen, with nothing in it that knows of sparsity."""
+"""A small GPT in Flax Linen, written without regard to sparsity."""
 
 import jax
 import jax.numpy as jnp

@@ -4,7 +4,7 @@ The seeds of a model are stacked along a leading axis and trained together. A tr
 the shapes of the kernels, so that one program trains every pattern, and the dense model too. The masks are updated
 between calls of it, by a program of their own for each pattern, to which the sparsity is an argument: it is not inside
 the mapped training step, where a `lax.cond` would run both of its branches at every step. What this does is what
-`pruning.prune` does, as a test shows, but for the first gradient after an update: here it is taken at the pruned
+`pruning.prune` does, as a test shows, except for the first gradient after an update: here it is taken at the pruned
 weights.
 """
 

@@ -33,7 +33,7 @@ def allocate(
         scores: path to (*batch, M, K) saliency scores of every layer to prune. Only "global" reads them.
         specs: path to the layer's `LayerSpec`, whose pattern holds the target sparsity.
         fraction: scales every sparsity (a schedule's progress), in [0, 1]; may be traced. Path to fraction where layers
-            do not proceed alike, which "global" cannot rank.
+            differ, which "global" cannot rank.
         method: how sparsity is spread over layers:
             "uniform": every layer meets its own pattern's sparsity.
             "global": units are ranked over all layers by their scores per weight, slices of a stacked layer as layers

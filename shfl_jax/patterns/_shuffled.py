@@ -27,7 +27,8 @@ class ShflBW(VW):
     `Transformer/prune_utils`, taken to be that of Shfl-BW, Huang et al., DAC 2022): an unstructured binary mask at
     twice the target density, size-constrained K-means over its rows, then vectors chosen on the permuted scores. That
     code calls the package `k_means_constrained` on the host; here the clustering is `kmeans` in
-    `shfl_jax.patterns.search`. From half density on the binary mask keeps everything, and rows stay in their order.
+    `shfl_jax.patterns.search`. At densities of 0.5 and above the binary mask keeps everything,
+    and rows stay in their order.
 
     Attributes:
         sparsity: fraction of pruned vectors, in [0, 1).
@@ -112,12 +113,11 @@ def _kmeans(
 def _annealing(
     pattern: ShflBW, scores: jax.Array, count: jax.Array | int, key: jax.Array, starts: list[jax.Array]
 ) -> jax.Array:
-    """The search for what is kept, from the rows in order and from other groupings (S, R / S, V): one like those."""
+    """The search for what is kept, from the rows in order and from other groupings (S, R / S, V)."""
     m, k = scores.shape
     size, groups = m // pattern.shards, pattern.num_groups(m)
-    in_order = jnp.broadcast_to(
-        base.padded_rows(size, pattern.group_size).reshape(starts[0].shape[1:]), starts[0].shape
-    )
+    in_order = base.padded_rows(size, pattern.group_size).reshape(starts[0].shape[1:])
+    in_order = jnp.broadcast_to(in_order, starts[0].shape)
     # As in VW, the sums of a smaller group are scaled up to V rows.
     factor = pattern.group_size / jnp.sum(in_order < size, axis=2, keepdims=True, dtype=jnp.float32)
 

@@ -112,7 +112,7 @@ class TW(base.Pattern):
         rows = jnp.full(groups * v, m, jnp.int32).at[slots].set(jnp.arange(m, dtype=jnp.int32))
 
         sizes = jnp.clip(outputs - jnp.arange(groups, dtype=jnp.int32) * v, 0, v)[:, None]
-        # The square of norm / length, up to one factor for all: it ranks alike, and whole tiles stay exact.
+        # The square of norm / length, up to a common factor: the ranking is the same, and whole tiles stay exact.
         length = jnp.maximum(sizes, 1).astype(jnp.float32) / v
         norms = base.sums_of_rows(squares, rows, v) / length**2
         best = jnp.arange(k) == jnp.argmax(norms, axis=1)[:, None]

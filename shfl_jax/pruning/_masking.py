@@ -77,7 +77,7 @@ def float32_like(params: optax.Params, layers: tuple[LayerSpec, ...]) -> Matrice
 def refresh(
     step: jax.Array, weights: Matrices, scores: Any, masks: Masks, skipped: dict[str, jax.Array], find: Find
 ) -> tuple[Masks, dict[str, jax.Array], dict[str, jax.Array]]:
-    """New masks, but for layers whose weights or scores are not finite.
+    """New masks, except for layers whose weights or scores are not finite.
 
     Args:
         step: the step.
@@ -247,7 +247,7 @@ def search(
     Layers of one shape and pattern are searched together: one program, not one each.
 
     Raises:
-        ValueError: a "global" allocation with a schedule that tells layers apart.
+        ValueError: a "global" allocation with a schedule that treats layers differently.
     """
     turns = None
     if isinstance(schedule, LayerSchedule):

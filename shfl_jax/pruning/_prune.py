@@ -35,7 +35,7 @@ def prune(
     value, so that it is exactly zero after `optax.apply_updates` as long as the parameters are finite. A layer with a
     non-finite weight or score keeps its mask and counts that in `PruneState.skipped`.
 
-    Wrap it outermost, inside `optax.MultiSteps` only: whatever scales the updates afterwards breaks the exact zeros.
+    Wrap it outermost, inside `optax.MultiSteps` only: anything that scales the updates later breaks the exact zeros.
     The masks are updated inside `lax.cond` with fixed shapes: nothing is compiled again, no callback is made.
 
     Args:

@@ -15,7 +15,7 @@ class Schedule(Protocol):
     """How a pruning run proceeds. Steps count the updates of the optimizer from 0; all methods are jit-able.
 
     A schedule is a frozen, hashable object, so that the transformation that holds it can be a static argument. One that
-    also says when row permutations are searched anew is a `RowSchedule`, one that tells layers apart a `LayerSchedule`.
+    says when row permutations are searched anew is also a `RowSchedule`, one with turns of layers a `LayerSchedule`.
     """
 
     def __call__(self, step: jax.Array | int) -> jax.Array:
@@ -34,7 +34,7 @@ class RowSchedule(Protocol):
 
 
 class Turn(NamedTuple):
-    """Where one layer stands.
+    """How far one layer is.
 
     Attributes:
         fraction: of its pattern's own sparsity, float32 scalar in [0, 1].
@@ -50,7 +50,7 @@ class LayerSchedule(Protocol):
     """A schedule that treats layers differently."""
 
     def turns(self, step: jax.Array | int, paths: Sequence[str]) -> Mapping[str, Turn]:
-        """Where every layer stands at a step that updates the masks.
+        """How far every layer is at a step that updates the masks.
 
         Args:
             step: the step.
@@ -277,7 +277,7 @@ def cubic(begin: int, end: int, every: int = 1, search_every: int | None = None)
     The schedule of Zhu and Gupta, "To prune, or not to prune" (2017, arXiv 1710.01878), from an initial sparsity of 0.
 
     Args:
-        begin: the first step that updates the masks; nothing is pruned by it yet.
+        begin: the first step that updates the masks, which prunes nothing yet.
         end: the last one, at which the target is reached.
         every: steps between updates.
         search_every: steps between new searches of row permutations, which start from those in force; None searches

@@ -19,7 +19,7 @@ Arrays = Mapping[str, Any]
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """How every model of a task is trained, dense or pruned to whatever pattern.
+    """How every model of a task is trained, dense or pruned to any pattern.
 
     Attributes:
         batch: examples a step.

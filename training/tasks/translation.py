@@ -109,7 +109,7 @@ def _zipf(count: int, rng: random.Random) -> int:
 
 
 def _gender(noun: int) -> int:
-    """One of three genders, which nothing but the noun itself tells."""
+    """One of three genders, which must be learned for each noun."""
     return noun * 7919 % 31 % 3
 
 

@@ -1,4 +1,4 @@
-"""2:4 inside row groups: which inputs stand together in a four, and which two of every four a row keeps.
+"""2:4 inside row groups: which inputs share a four, and which two of every four a row keeps.
 
 The order of a group's kept inputs is free, and every row of the group shares it. A good order gives each four inputs of
 which every row can spare two.

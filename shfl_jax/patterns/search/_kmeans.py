@@ -127,7 +127,7 @@ def _products(features: jax.Array) -> Products:
 
 
 def _grouping(labels: jax.Array, num_groups: int, group_size: int) -> jax.Array:
-    """(M,) int32 labels, at most V alike, to an (R, V) grouping. The groups that are not full get the sentinels."""
+    """(M,) int32 labels, at most V equal ones, to an (R, V) grouping. Groups that are not full get the sentinels."""
     m = labels.shape[0]
     order = jnp.argsort(labels, stable=True).astype(jnp.int32)
     sizes = jnp.zeros(num_groups, jnp.int32).at[labels].add(1)
