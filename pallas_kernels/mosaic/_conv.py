@@ -77,19 +77,6 @@ def heuristic(topology, window, batch: int):
     return kernel.Config(block_tokens=256, stages=5, ahead=2)
 
 
-def search_space(topology, window, batch: int) -> tuple:
-    """The configs that are worth a measurement, the heuristic's first."""
-    kernel, v = hopper.kernel(), topology.group_size
-    shapes = {64: [(128, 8), (256, 5), (512, 3)], 128: [(128, 6), (256, 4)], 256: [(128, 4)]}[v]
-    split = "tokens" if v == 64 else "rows"
-    found = [heuristic(topology, window, batch)] + [
-        kernel.Config(block_tokens=tokens, stages=stages, ahead=2, split=split, band=band)
-        for tokens, stages in shapes
-        for band in (1, 4)
-    ]
-    return tuple(dict.fromkeys(found))
-
-
 def pays(matrix, x, window) -> bool:
     """Whether this kernel is faster than Triton's: with a tile for every fourth multiprocessor or more."""
     if matrix.topology.pairs is not None:

@@ -38,7 +38,6 @@ class Config:
         ahead: how many steps earlier than its operands a step's column ids are fetched.
         split: what the two consumers divide a tile by, "rows" or "tokens". By rows both read all tokens, in the widest
             instructions; by tokens both read all rows.
-        persistent: one program per multiprocessor, each with a list of tiles; else one program per tile.
         band: token tiles that programs side by side share: the tiles of `band` token tiles are dealt out group by
             group before the next band begins. Ragged groups are dealt heaviest first, whatever the band.
         registers: of a thread of the consumers and of the producer; (2 a + b) <= 512 - 8 in multiples of 8.
@@ -49,7 +48,6 @@ class Config:
     stages: int = 4
     ahead: int = 4
     split: Literal["rows", "tokens"] = "tokens"
-    persistent: bool = True
     band: int = 1
     registers: tuple[int, int] = (216, 72)
     block_k: int = BLOCK_K
@@ -160,7 +158,7 @@ def product(
     id_words = 1 if packed else columns.size // values.shape[0]
     groups, token_tiles = sum(count for count, _ in segments), pl.cdiv(n, c.block_tokens)
     tiles = groups * token_tiles
-    programs = min(multiprocessors, tiles) if c.persistent else tiles
+    programs = min(multiprocessors, tiles)
     lengths = {slots // c.block_k for _, slots in segments}
     work = deal = None
     if len(lengths) == 1:
