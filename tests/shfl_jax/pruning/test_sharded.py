@@ -5,8 +5,8 @@ import subprocess
 import sys
 
 PROGRAM = """
-import jax, jax.numpy as jnp, numpy as np, optax, training
-from shfl_jax import LayerSpec, VW
+import jax, jax.numpy as jnp, numpy as np, optax
+from shfl_jax import VW, LayerSpec, pruning
 
 assert len(jax.devices()) == 2
 mesh = jax.sharding.Mesh(np.array(jax.devices()), ("x",))
