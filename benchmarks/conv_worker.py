@@ -22,9 +22,8 @@ from benchmarks import resnet, workers
 from benchmarks.conv import BATCHES, Case, Layer, key_of
 from benchmarks.matmul import IMPLEMENTATIONS, XLA_ELEMENTS
 from benchmarks.workers import holding_gpu, on_host
-from pallas_kernels import timing, tune
+from pallas_kernels import RowGrouped, timing, to_dense, tune
 from pallas_kernels._conv import FROM_NATIVE, TO_NATIVE
-from pallas_kernels._matrix import RowGrouped, to_dense
 
 DENSE_LAYOUTS = {"NHWC": "OHWI", "NCHW": "OIHW", "CHWN": "OHWI"}  # of images, and how filters lie for them
 

@@ -28,10 +28,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+import pallas_kernels
 from benchmarks import records as files
-from pallas_kernels import _tables as tables
 from pallas_kernels import timing, tune
-from pallas_kernels.triton import _matmul as triton
+from pallas_kernels._backend import Op
 
 MARKER = "cosine"  # in the name of the kernel that XLA makes of `mark`
 PROCESSES = 4
@@ -61,7 +61,7 @@ class Case:
     n: int = 4096
     sparsity: float = 0.75
     group_size: int = 128
-    op: tables.Op = "forward"
+    op: Op = "forward"
     epilogue: str | None = None  # None, or an activation with a bias
 
 
@@ -94,7 +94,7 @@ def call(case: Case) -> tuple[Callable, tuple]:
     if case.implementation == "xla":
         weight = jax.random.normal(keys[2], (case.m, case.k), jnp.bfloat16)
         return tune.dense_products(case.op)[0], (weight, x, dy)
-    matrix = triton.prepare(tune.random_matrix(case.m, case.k, case.sparsity, case.group_size))
+    matrix = pallas_kernels.prepare(tune.random_matrix(case.m, case.k, case.sparsity, case.group_size), "triton")
     if case.op != "forward":
         return tune.product(case.op, None, case.implementation), (matrix, x, dy)
     forward = tune.IMPLEMENTATIONS[case.implementation].forward

@@ -27,13 +27,9 @@ import numpy as np
 import pallas_kernels
 from benchmarks import packed, workers
 from benchmarks import records as files
-from pallas_kernels import _tables as tables
-from pallas_kernels import timing, tune
-from pallas_kernels._matrix import to_dense
-from pallas_kernels._op import Layout
-from pallas_kernels.mosaic import _matmul as mosaic_gpu
-from pallas_kernels.mosaic import _two_four as mosaic_gpu_two_four
-from pallas_kernels.triton import _configs as configs
+from pallas_kernels import timing, to_dense, tune
+from pallas_kernels._backend import BACKENDS, Layout, Problem
+from pallas_kernels._devices import gpu
 
 SPARSITIES = (0.75, 0.5, 0.875, 0.9)
 GROUP_SIZES = (128, 64, 32)
@@ -175,9 +171,7 @@ def sparse_function(case: Case, implementation: str | None) -> Callable:
         )  # fmt: skip
 
     def step(matrix, x, dy, bias):
-        topology = matrix.topology
-        y, pull = jax.vjp(lambda v, x: forward(dataclasses.replace(matrix, values=v, topology=topology), x, dy, bias),
-                          matrix.values, x)  # fmt: skip
+        y, pull = jax.vjp(lambda v, x: forward(dataclasses.replace(matrix, values=v), x, dy, bias), matrix.values, x)
         return y, *pull(dy)
 
     return step if case.backward else forward
@@ -258,7 +252,7 @@ def measure(case: Case, compiled: dict, torch: Torch) -> list[dict]:
         if name != "xla":
             memory = compiled[name].memory_analysis()
             record["temporary_bytes"] = int(memory.temp_size_in_bytes)
-            counts = np.diff(np.asarray(first[0].topology.group_ptr))
+            counts = np.diff(np.asarray(first[0].layout.group_ptr))
             record["counts_cv"] = round(float(counts.std() / counts.mean()), 3)
         if not case.backward and case.epilogue is None:
             reference = float64_product(case, first) if reference is None else reference
@@ -281,14 +275,10 @@ def config_of(case: Case, matrix, implementation: str) -> dict | None:
     """The forward kernel's config for a case, as it is looked up."""
     if implementation == "xla" or case.backward:  # a backward case has three, one a kernel
         return None
-    if case.packed:
-        packed = implementation == "mosaic_gpu"
-        return dataclasses.asdict(mosaic_gpu_two_four.heuristic(matrix.topology, case.n)) if packed else None
-    slots, segments = matrix.topology.num_slots, matrix.topology.known_segments
-    equal = segments is not None and len(segments) == 1
-    problem = tables.Problem("forward", case.m, case.k, case.n, slots, case.group_size, case.dtype, equal)
-    look_up = {"mosaic_gpu": mosaic_gpu.tuned, "triton": configs.config}[implementation]
-    return dataclasses.asdict(look_up(problem, jax.devices()[0].device_kind))
+    if case.packed and implementation != "mosaic_gpu":
+        return None
+    problem = Problem.of_layout("forward", matrix.layout, case.n, case.dtype)
+    return dataclasses.asdict(BACKENDS[implementation].config(problem, gpu()))
 
 
 def float64_product(case: Case, arguments: tuple) -> np.ndarray:

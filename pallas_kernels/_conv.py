@@ -2,13 +2,14 @@
 
 from typing import Literal
 
-import jax
-import jax.numpy as jnp
 from jax import lax
+from jaxtyping import Array, Float
 
 from pallas_kernels import _window as windows
+from pallas_kernels._backend import Call
+from pallas_kernels._layout import Prepared
 from pallas_kernels._matrix import RowGrouped
-from pallas_kernels._op import Call, run, validate_operands
+from pallas_kernels._op import check_added, checked_matrix, checked_route, run
 from pallas_kernels._window import Padding, Pair
 
 ConvLayout = Literal["CHWN", "NHWC", "NCHW"]
@@ -18,21 +19,21 @@ FROM_NATIVE: dict[str, tuple[int, ...]] = {"CHWN": (0, 1, 2, 3), "NHWC": (3, 1, 
 
 
 def conv2d(
-    filters: RowGrouped,
-    x: jax.Array,
+    filters: RowGrouped | Prepared,
+    x: Float[Array, "a b c d"],
     *,
     kernel_size: Pair,
     strides: int | Pair = 1,
     padding: Padding = "SAME",
     dilation: int | Pair = 1,
     groups: int = 1,
-    bias: jax.Array | None = None,
-    addend: jax.Array | None = None,
+    bias: Float[Array, " c_out"] | None = None,
+    addend: Float[Array, "..."] | None = None,
     activation: str | None = None,
     layout: ConvLayout = "CHWN",
     implementation: str | None = None,
     precision: lax.PrecisionLike = None,
-) -> jax.Array:
+) -> Float[Array, "a b c d"]:
     """Computes activation(filters * x + bias + addend), the convolution of deep learning (a correlation).
 
     Row o of the filter matrix is output channel o. Its column (i * kw + j) * C + c is tap (i, j) of input channel c, so
@@ -42,7 +43,7 @@ def conv2d(
     batch. Other layouts are transposed on the way in and out, and where only elementwise operations and reductions
     stand between two convolutions under one `jit`, XLA cancels what stands between them: a network's images are moved
     once. A 1 x 1 convolution with stride 1 is the feature-major product of `matmul`.
-    Differentiable in `filters.values`, `x`, `bias` and `addend`; `vmap` also maps over stacked filters. Accumulates in
+    Differentiable in the filters' values, `x`, `bias` and `addend`; `vmap` also maps over stacked filters. Accumulates in
     float32. Second derivatives need `implementation="xla"`, as in `matmul`.
 
     Args:
@@ -73,8 +74,8 @@ def conv2d(
         raise NotImplementedError(f"a convolution in {groups} groups of channels has no sparse kernel: run it dense")
     if layout not in TO_NATIVE:
         raise ValueError(f"layout must be one of {tuple(TO_NATIVE)}, got {layout!r}")
-    arrays = {"values": filters.values, "x": x, "bias": bias, "addend": addend}
-    validate_operands(filters, arrays, activation, implementation)
+    route = checked_route(implementation)
+    prepared = checked_matrix(filters, {"x": x, "bias": bias, "addend": addend}, activation)
     if x.ndim != 4:
         raise ValueError(f"x must have four axes, {layout}, got shape {x.shape}")
     c, h, w, b = (x.shape[axis] for axis in TO_NATIVE[layout])
@@ -86,14 +87,9 @@ def conv2d(
             f"filters must have {kh} * {kw} * {c} = {window.features} columns (taps times channels) for {layout} "
             f"images of shape {x.shape}, got a matrix of shape {filters.shape}"
         )
-    if bias is not None and bias.shape != (m,):
-        raise ValueError(f"bias must have shape ({m},) for filters of shape {filters.shape}, got {bias.shape}")
     result = tuple((m, *window.outputs, b)[axis] for axis in FROM_NATIVE[layout])
-    if addend is not None and addend.shape != result:
-        raise ValueError(f"addend must have the result's shape {result}, got {addend.shape}")
-    native, dtype = x.transpose(TO_NATIVE[layout]), jnp.result_type(filters.values, x)
+    check_added(filters, bias, addend, result)
     addend = None if addend is None else addend.transpose(TO_NATIVE[layout]).reshape(m, -1)
-    values, native, bias, addend = jax.tree.map(lambda a: a.astype(dtype), (filters.values, native, bias, addend))
-    call = Call(activation, "feature_major", implementation, precision, window)
-    y = run(call, filters.topology, values, native, bias, addend)
+    call = Call(activation, precision=precision, window=window)
+    y = run(call, route, prepared, x.transpose(TO_NATIVE[layout]), bias, addend)
     return y.reshape(m, *window.outputs, b).transpose(FROM_NATIVE[layout])

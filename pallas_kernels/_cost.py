@@ -12,8 +12,9 @@ from typing import Literal, NamedTuple
 import jax.numpy as jnp
 
 from pallas_kernels import _tables as tables
-from pallas_kernels._tables import Problem
-from pallas_kernels.mosaic import _matmul as mosaic
+from pallas_kernels._backend import Problem, choose
+from pallas_kernels._devices import GPU
+from pallas_kernels.mosaic._backend import Mosaic
 
 FLOPS_PER_US = 7e8  # what a dense product reaches
 BYTES_PER_US = 4e6
@@ -63,7 +64,7 @@ def predict(
     measured = Problem.of(entry)
     sparse = entry["time_us"] * _sparse_roofline(problem) / _sparse_roofline(measured)
     dense = entry["dense_time_us"] * _dense_roofline(problem) / _dense_roofline(measured)
-    if mosaic.can(problem) and mosaic.is_faster(problem, device):
+    if device is not None and choose(problem, [Mosaic()], GPU(device)) is not None:
         faster = _nearest(problem, device, "mosaic_gpu")
         sparse *= min(1, faster["time_us"] / faster["triton_time_us"]) if faster else 1
     if layout == "token_major" and n > 1:

@@ -12,7 +12,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels._pairs import unpack
-from pallas_kernels._window import Window
 
 INT32_MAX = np.iinfo(np.int32).max
 
@@ -22,8 +21,8 @@ HostArray = jax.Array | np.ndarray
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=["columns", "group_ptr", "rows", "counts", "inverse_rows", "pairs", "places"],
-    meta_fields=["m", "k", "group_size", "max_count", "segments", "k_contiguous", "sentinels", "window"],
+    data_fields=["columns", "group_ptr", "rows", "pairs"],
+    meta_fields=["m", "k", "group_size", "max_count"],
 )
 @dataclasses.dataclass(frozen=True)
 class Topology:
@@ -38,22 +37,13 @@ class Topology:
             sentinel K where a four has fewer than four columns.
         group_ptr: (R + 1,) int32, group r owns the slots `group_ptr[r]:group_ptr[r + 1]`.
         rows: (R * V,) int32, stored row i is row `rows[i]` of W; each of 0..M-1 once, every other slot the sentinel M.
-        counts: None where segments are exact. In a prepared topology, (R,) int32: the first `counts[r]` slots of
-            group r are real; the others hold zeros, and repeat a column the group keeps or are the sentinel K.
-        inverse_rows: None, or in a prepared topology (M,) int32: row j of W is stored row `inverse_rows[j]`.
-        pairs: None where every row of a group uses every kept column. Under 2:4, (ceil(P / 8), V) uint8: slots stand in
-            fours, each row uses two slots of a four, and `values` is (P / 2, V). Two bits say which slot of its four a
-            value belongs to, the lower first; four of them make a byte along P / 2, the first in the lowest bits. In a
-            prepared topology words of two bytes, (ceil(P / 16), V) uint16.
         m: output features M.
         k: input features K.
         group_size: rows of a group, V.
         max_count: the longest segment, in slots.
-        segments: None, or ((groups, slots), ...): the segment lengths known when tracing, in the order of the groups.
-        k_contiguous: whether every segment of the values is stored transposed, as (V, slots) (see `slot_values`).
-        sentinels: whether a column may be the sentinel K; False saves a product the comparison.
-        places: None, or in a topology prepared for a convolution where its slots point, see `gpu._layout.slot_places`.
-        window: the geometry of that convolution.
+        pairs: None where every row of a group uses every kept column. Under 2:4, (ceil(P / 8), V) uint8: slots stand in
+            fours, each row uses two slots of a four, and `values` is (P / 2, V). Two bits say which slot of its four a
+            value belongs to, the lower first; four of them make a byte along P / 2, the first in the lowest bits.
     """
 
     columns: jax.Array
@@ -63,14 +53,7 @@ class Topology:
     k: int
     group_size: int
     max_count: int
-    counts: jax.Array | None = None
-    inverse_rows: jax.Array | None = None
     pairs: jax.Array | None = None
-    segments: tuple[tuple[int, int], ...] | None = None
-    k_contiguous: bool = False
-    sentinels: bool = True
-    places: jax.Array | None = None
-    window: Window | None = None
 
     @property
     def num_groups(self) -> int:
@@ -79,13 +62,8 @@ class Topology:
 
     @property
     def num_slots(self) -> int:
-        """P, the number of stored columns over all groups, padding included."""
+        """P, the number of stored columns over all groups, padding of stacked slices included."""
         return self.columns.shape[-1]
-
-    @property
-    def num_values(self) -> int:
-        """Stored values of a row over all groups: P, or P / 2 under 2:4."""
-        return self.num_slots if self.pairs is None else self.num_slots // 2
 
     @property
     def equal_counts(self) -> bool:
@@ -93,11 +71,9 @@ class Topology:
         return self.num_slots == self.num_groups * self.max_count
 
     @property
-    def known_segments(self) -> tuple[tuple[int, int], ...] | None:
-        """The segment lengths known when tracing: `segments`, or one for all where the counts are equal, else None."""
-        if self.segments is not None:
-            return self.segments
-        return ((self.num_groups, self.max_count),) if self.equal_counts else None
+    def real_counts(self) -> jax.Array:
+        """(R,) int32: how many slots of each group hold weights."""
+        return jnp.diff(self.group_ptr, axis=-1)
 
     @property
     def nbytes(self) -> int:
@@ -108,16 +84,23 @@ class Topology:
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["values", "topology"], meta_fields=[])
 @dataclasses.dataclass(frozen=True)
 class RowGrouped:
-    """A row-grouped matrix. Build it with `row_grouped` or `from_dense`, which validate; the class itself does not.
+    """A row-grouped matrix in canonical form, as checkpoints hold it.
+
+    Build it with `row_grouped` or `from_dense`, which validate; the class itself does not.
 
     Attributes:
         values: (P, V) floating, `values[p, i]` is W[rows[r * V + i], columns[p]] for the group r that owns slot p.
             Under 2:4, (P / 2, V): two of every four slots, see `Topology.pairs`.
-        topology: its `Topology`.
+        topology: which weights they are.
     """
 
     values: jax.Array
     topology: Topology
+
+    @property
+    def integers(self) -> Topology:
+        """Everything but the values."""
+        return self.topology
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -279,85 +262,3 @@ def from_dense(weight: HostArray, rows: HostArray, kept: HostArray) -> RowGroupe
         columns[b][: len(column)] = column
         values[b][: len(column)] = np.where(row < m, weight[b][np.minimum(row, m - 1), column[:, None]], 0)
     return row_grouped(values, columns, group_ptr, rows.astype(np.int32), m=m, k=k)
-
-
-def expand(matrix: RowGrouped) -> RowGrouped:
-    """Spreads the values of a 2:4 matrix over their fours, zeros between them. Any other matrix stays as it is.
-
-    Bit for bit, NaN and the sign of zero included. Slots without a column keep the sentinel K.
-    """
-    topology, v = matrix.topology, matrix.topology.group_size
-    if topology.pairs is None:
-        return matrix
-    two = unpack(topology.pairs, topology.num_values).reshape(-1, 2, 1, v)
-    values = matrix.values.reshape(-1, 2, 1, v)
-    slot = np.arange(4, dtype=np.uint8)[:, None]
-    fours = jnp.where(two[:, 0] == slot, values[:, 0], jnp.where(two[:, 1] == slot, values[:, 1], 0))
-    return RowGrouped(fours.reshape(-1, v), dataclasses.replace(topology, pairs=None))
-
-
-def slot_groups(topology: Topology) -> jax.Array:
-    """The group that owns each slot: (P,) int32, R for slots behind the last group."""
-    slots = jnp.arange(topology.num_slots, dtype=jnp.int32)
-    if topology.known_segments is None:
-        return jnp.searchsorted(topology.group_ptr, slots, side="right").astype(jnp.int32) - 1
-    # Known when tracing: one fusion, where the search is a loop of kernels.
-    start, first, groups = 0, 0, jnp.full_like(slots, topology.num_groups)
-    for count, length in topology.known_segments:
-        inside = (slots >= start) & (slots < start + count * length)
-        groups = jnp.where(inside, first + (slots - start) // max(length, 1), groups)
-        start, first = start + count * length, first + count
-    return groups
-
-
-def slot_is_real(topology: Topology) -> jax.Array:
-    """Which slots hold a weight rather than padding: (P,) bool."""
-    group = slot_groups(topology)
-    if topology.counts is None:
-        return group < topology.num_groups
-    offset = jnp.arange(topology.num_slots) - topology.group_ptr[group]
-    return offset < topology.counts.at[group].get(mode="fill", fill_value=0)
-
-
-def slot_index(topology: Topology) -> jax.Array:
-    """Where each weight vector is stored: (K, R) int32, the slot of column k of group r, P where it is pruned."""
-    columns = jnp.where(slot_is_real(topology), topology.columns, topology.k)
-    index = jnp.full((topology.k, topology.num_groups), topology.num_slots, jnp.int32)
-    slots = jnp.arange(topology.num_slots, dtype=jnp.int32)
-    return index.at[columns, slot_groups(topology)].set(slots, mode="drop")
-
-
-def slot_values(values: jax.Array, topology: Topology) -> jax.Array:
-    """The values in the order of the slots, (P, V), whatever their arrangement."""
-    if not topology.k_contiguous:
-        return values
-    v, start, parts = topology.group_size, 0, []
-    for groups, count in topology.known_segments or ():
-        part = values[start : start + groups * count].reshape(groups, v, count)
-        parts.append(part.swapaxes(1, 2).reshape(-1, v))
-        start += groups * count
-    return jnp.concatenate(parts)
-
-
-def inverse_rows(topology: Topology) -> jax.Array:
-    """The inverse of `rows`: (M,) int32, row j of W is stored row `inverse_rows[j]`."""
-    if topology.inverse_rows is not None:
-        return topology.inverse_rows
-    stored = jnp.arange(topology.rows.shape[-1], dtype=jnp.int32)
-    return jnp.zeros(topology.m, jnp.int32).at[topology.rows].set(stored, mode="drop")
-
-
-def stored_rows_dense(matrix: RowGrouped) -> jax.Array:
-    """Decompresses the transposed matrix in the order of the stored rows: (K, R * V), sentinel rows included."""
-    topology = matrix.topology
-    if topology.num_slots == 0:
-        return jnp.zeros((topology.k, topology.rows.shape[-1]), matrix.dtype)
-    # Rows of V are gathered; scattering single weights is many times slower on a CPU.
-    vectors = slot_values(matrix.values, topology).at[slot_index(topology)].get(mode="fill", fill_value=0)
-    return vectors.reshape(topology.k, -1)
-
-
-def to_dense(matrix: RowGrouped) -> jax.Array:
-    """Decompresses a matrix without leading axes, under jit or not: (M, K), exact zeros where nothing is stored."""
-    matrix = expand(matrix)
-    return stored_rows_dense(matrix).T[inverse_rows(matrix.topology)]

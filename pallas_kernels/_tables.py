@@ -5,69 +5,17 @@
 up needs no GPU in the process.
 """
 
-import dataclasses
 import functools
 import json
 import math
 import pathlib
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, Literal
+from typing import Any
 
-Op = Literal["forward", "grad_values", "grad_input"]
+from pallas_kernels._backend import FEW_TOKENS, Problem
+
 Entry = dict[str, Any]
 TABLES = pathlib.Path(__file__).parent / "tables"
-FEW_TOKENS = 256
-"""Up to this many tokens a product is bound by reading its weights: other kernels, other configs, other entries."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Problem:
-    """What a kernel is asked for: the key of a table.
-
-    Attributes:
-        op: which kernel.
-        m: output features.
-        k: input features.
-        n: tokens.
-        slots: kept columns over all groups, padding included.
-        group_size: rows of a group.
-        dtype: name of the dtype of values and activations.
-        equal: whether all groups have one count, known when tracing.
-    """
-
-    op: Op
-    m: int
-    k: int
-    n: int
-    slots: int
-    group_size: int
-    dtype: str
-    equal: bool = True
-
-    @property
-    def itemsize(self) -> int:
-        """Bytes of a value."""
-        return {"float32": 4}.get(self.dtype, 2)
-
-    @property
-    def density(self) -> float:
-        """Stored share of the weights."""
-        return self.slots * self.group_size / (self.m * self.k)
-
-    @property
-    def few_tokens(self) -> bool:
-        """Whether reading the weights is what takes the time."""
-        return self.n <= FEW_TOKENS
-
-    @property
-    def sizes(self) -> dict[str, int]:
-        """The sizes that `nearest` compares."""
-        return {"m": self.m, "k": self.k, "n": self.n, "slots": self.slots}
-
-    @classmethod
-    def of(cls, entry: Mapping[str, Any]) -> "Problem":
-        """The problem of a table's entry."""
-        return cls(**{field.name: entry[field.name] for field in dataclasses.fields(cls)})
 
 
 def nearest(

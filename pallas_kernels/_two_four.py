@@ -1,19 +1,9 @@
-"""2:4 inside row groups: building the packed form, and running any backend on it.
+"""2:4 inside row groups: building the packed form."""
 
-A backend without a kernel of its own for the packed form gets the expanded matrix, with zeros between the values. One
-that wants the packed form offers `forward_two_four` beside `forward`, and so on, with the same arguments.
-"""
-
-import dataclasses
-from types import ModuleType
-from typing import Any
-
-import jax
-import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels._matrix import HostArray, RowGrouped, Topology, expand, row_grouped
-from pallas_kernels._pairs import pack, unpack, wide_pairs
+from pallas_kernels._matrix import HostArray, RowGrouped, row_grouped
+from pallas_kernels._pairs import pack
 
 
 def from_dense_two_four(weight: HostArray, rows: HostArray, order: HostArray, choice: HostArray) -> RowGrouped:
@@ -79,61 +69,3 @@ def from_dense_two_four(weight: HostArray, rows: HostArray, order: HostArray, ch
         m=m,
         k=k,
     )
-
-
-def call(backend: ModuleType, function: str, *args: Any, **kwargs: Any) -> Any:
-    """Calls a function of a backend on a matrix, or a topology, of either form."""
-    plain = getattr(backend, function)
-    topology = args[0].topology if isinstance(args[0], RowGrouped) else args[0]
-    if topology.pairs is None:
-        return plain(*args, **kwargs)
-    if hasattr(backend, f"{function}_two_four"):
-        return getattr(backend, f"{function}_two_four")(*args, **kwargs)
-    if function == "grad_values":
-        expanded = dataclasses.replace(topology, pairs=None)
-        return select(topology, plain(expanded, *args[1:], **kwargs))
-    if function == "prepare":
-        # Slices of a stack differ in their fours.
-        return args[0] if args[0].values.ndim > 2 else _arranged(args[0], plain(expand(args[0])).topology)
-    return plain(expand(args[0]), *args[1:], **kwargs)
-
-
-def select(topology: Topology, expanded: jax.Array) -> jax.Array:
-    """Takes the stored values of a 2:4 topology out of (P, V) expanded ones: (P / 2, V), zero without a column."""
-    v = topology.group_size
-    pairs = unpack(topology.pairs, topology.num_values).reshape(-1, 2, v)
-    fours = jnp.where((topology.columns < topology.k)[:, None], expanded, 0).reshape(-1, 4, v)
-    # Selects rather than a gather: XLA fuses them with whatever made the values.
-    two = [jnp.where(p == 0, fours[:, 0], jnp.where(p == 1, fours[:, 1], jnp.where(p == 2, fours[:, 2], fours[:, 3])))
-           for p in (pairs[:, 0], pairs[:, 1])]  # fmt: skip
-    return jnp.stack(two, axis=1).reshape(-1, v)
-
-
-def fill(topology: Topology) -> Topology:
-    """Repeats the first column of a four in its slots without one, for kernels that check no column ids.
-
-    The values there are zero. Slots behind the last group stay sentinels.
-    """
-    fours = topology.columns.reshape(-1, 4)
-    columns = jnp.where(fours < topology.k, fours, fours[:, :1]).reshape(-1)
-    return dataclasses.replace(topology, columns=columns)
-
-
-def _arranged(matrix: RowGrouped, prepared: Topology) -> RowGrouped:
-    """Arranges the fours of a matrix as the slots of its expanded form were, groups reordered and segments padded."""
-    topology = matrix.topology
-    if prepared.counts is None or (np.asarray(prepared.group_ptr) % 4).any():
-        return RowGrouped(matrix.values, dataclasses.replace(topology, pairs=wide_pairs(topology.pairs)))
-    v, r = topology.group_size, topology.num_groups
-    ptr, new_ptr = np.asarray(topology.group_ptr), np.asarray(prepared.group_ptr)
-    blocks = {block.tobytes(): g for g, block in enumerate(np.asarray(topology.rows).reshape(r, v))}
-    source = np.full(prepared.num_slots // 4, topology.num_slots // 4)
-    for g, block in enumerate(np.asarray(prepared.rows).reshape(r, v)):
-        fours = np.arange(ptr[blocks[block.tobytes()]] // 4, ptr[blocks[block.tobytes()] + 1] // 4)
-        source[new_ptr[g] // 4 : new_ptr[g] // 4 + len(fours)] = fours
-    values = np.asarray(matrix.values).reshape(-1, 2, v)
-    pairs = unpack(np.asarray(topology.pairs), topology.num_values).reshape(-1, 2, v)
-    values = np.concatenate([values, np.zeros((1, 2, v), values.dtype)])[source].reshape(-1, v)
-    padding = np.broadcast_to(np.arange(2, dtype=np.uint8)[:, None], (1, 2, v))
-    pairs = jnp.asarray(wide_pairs(pack(np.concatenate([pairs, padding])[source].reshape(-1, v))))
-    return RowGrouped(jnp.asarray(values), dataclasses.replace(prepared, pairs=pairs, k_contiguous=False))

@@ -22,15 +22,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from pallas_kernels import _tables as tables
 from pallas_kernels import timing
+from pallas_kernels._backend import BACKENDS, FEW_TOKENS, Call, Op, Problem
+from pallas_kernels._devices import gpu
+from pallas_kernels._layout import Prepared, as_prepared
 from pallas_kernels._matrix import RowGrouped, Topology
-from pallas_kernels._tables import FEW_TOKENS, Op, Problem
-from pallas_kernels.mosaic import _matmul as mosaic_gpu
-from pallas_kernels.triton import _configs as configs
-from pallas_kernels.triton import _matmul as triton
 
 __all__ = [
     "IMPLEMENTATIONS",
@@ -53,12 +53,19 @@ __all__ = [
 LAYERS = ((4096, 4096), (14336, 4096), (4096, 14336), (3072, 768), (768, 3072), (1024, 1024), (8192, 8192))
 TOKENS = (1, 8, 16, 32, 64, 128, 256, 1024, 4096)
 SPREAD = 0.42  # coefficient of variation of ragged counts, that of a one-threshold mask on a trained layer
-IMPLEMENTATIONS = {"triton": triton, "mosaic_gpu": mosaic_gpu}
+IMPLEMENTATIONS = ("triton", "mosaic_gpu")  # the first one is compared with dense products, the others with it
 LARGEST_ERROR = 2e-2  # configs that disagree with the heuristic's result by more are not kept
 
 
 def random_matrix(
-    m: int, k: int, sparsity: float, group_size: int, *, equal: bool = True, dtype="bfloat16", seed: int = 0
+    m: int,
+    k: int,
+    sparsity: float,
+    group_size: int,
+    *,
+    equal: bool = True,
+    dtype: DTypeLike = "bfloat16",
+    seed: int = 0,
 ) -> RowGrouped:
     """A random canonical matrix: random row permutation, random columns, normal values.
 
@@ -88,15 +95,25 @@ def random_matrix(
     return RowGrouped(values.astype(dtype), topology)
 
 
-def product(op: Op, config: Any, implementation: str = "triton") -> Callable:
-    """The kernel of an op as a function of (matrix, x, dy), feature-major; None takes the config that is looked up."""
-    options: dict[str, Any] = {"layout": "feature_major", "precision": None, "config": config}
-    backend = IMPLEMENTATIONS[implementation]
-    return {
-        "forward": lambda matrix, x, dy: backend.forward(matrix, x, None, activation=None, **options),
-        "grad_values": lambda matrix, x, dy: backend.grad_values(matrix.topology, x, dy, **options),
-        "grad_input": lambda matrix, x, dy: triton.grad_input(matrix, dy, **options),
-    }[op]
+def product(op: Op, config: Any, implementation: str = IMPLEMENTATIONS[0]) -> Callable[..., jax.Array]:
+    """The kernel of an op as a function of (matrix, x, dy), feature-major; None takes the config that is looked up.
+
+    The function raises NotImplementedError where the implementation has no kernel for its arguments.
+    """
+    backend, call = BACKENDS[implementation], Call()
+
+    def run(matrix: RowGrouped | Prepared, x: jax.Array, dy: jax.Array) -> jax.Array:
+        prepared = as_prepared(matrix)
+        problem = Problem.of_layout(op, prepared.layout, call.tokens(x), x.dtype)
+        if reasons := backend.why_not(problem):
+            raise NotImplementedError(f"{implementation} has no kernel for a {problem}: {'; '.join(reasons)}")
+        if op == "forward":
+            return backend.forward(call, prepared, x, None, None, config)
+        if op == "grad_values":
+            return backend.grad_values(call, prepared.layout, x, dy, config)
+        return backend.grad_input(call, prepared, dy, config)
+
+    return run
 
 
 def dense_products(op: Op) -> tuple[Callable, ...]:
@@ -186,12 +203,11 @@ def tune(
 
 
 def search_space(implementation: str, problem: Problem) -> tuple[Any, ...]:
-    """The configs to measure, the heuristic's first; none where the implementation cannot do the problem."""
-    if implementation == "mosaic_gpu":
-        return mosaic_gpu.search_space(problem)
-    space = configs.search_space(problem)
-    # Above so many tokens dX is a dense product, and no config matters.
-    return space[:1] if problem.op == "grad_input" and problem.n > FEW_TOKENS else space
+    """The configs to measure, the heuristic's first; none where the implementation cannot do the problem here."""
+    backend, here = BACKENDS[implementation], gpu()
+    if backend.missing(here) or backend.why_not(problem):
+        return ()
+    return backend.configs(problem, here)
 
 
 def _read(path: pathlib.Path) -> dict[str, Any]:
@@ -207,16 +223,16 @@ def triton_device() -> str:
 
 def _key(entry: dict[str, Any]) -> tuple[str, Problem]:
     problem = Problem.of(entry)
-    return entry.get("implementation", "triton"), problem
+    return entry.get("implementation", IMPLEMENTATIONS[0]), problem
 
 
-def _operands(problem: Problem, seed: int) -> tuple[RowGrouped, jax.Array, jax.Array]:
+def _operands(problem: Problem, seed: int) -> tuple[Prepared, jax.Array, jax.Array]:
     p = problem
     sparsity = 1 - p.slots * p.group_size / (-(-p.m // p.group_size) * p.group_size * p.k)
     matrix = random_matrix(p.m, p.k, sparsity, p.group_size, equal=p.equal, dtype=p.dtype, seed=seed)
     keys = jax.random.split(jax.random.key(seed + 1))
     x = jax.random.normal(keys[0], (p.k, p.n), p.dtype)
-    return triton.prepare(matrix), x, jax.random.normal(keys[1], (p.m, p.n), p.dtype)
+    return BACKENDS[IMPLEMENTATIONS[0]].prepare(matrix, None), x, jax.random.normal(keys[1], (p.m, p.n), p.dtype)
 
 
 def _compile(job: tuple[str, Problem]) -> tuple[list, list]:
@@ -235,7 +251,7 @@ def _compile(job: tuple[str, Problem]) -> tuple[list, list]:
 
 def _is_first(job: tuple[str, Problem]) -> bool:
     """Whether a job is of the implementation that is compared with dense, and the others with it."""
-    return job[0] == "triton"
+    return job[0] == IMPLEMENTATIONS[0]
 
 
 @functools.cache

@@ -7,7 +7,8 @@ slots through a ring of stages in shared memory. docs/kernels.md draws the pipel
 import dataclasses
 import functools
 import heapq
-from typing import Any, Literal
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,56 +17,93 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels._layout import Segments
 from pallas_kernels._window import Window
+from pallas_kernels.gpu._layout import WORD
 from pallas_kernels.mosaic import _ptx as ptx
 from pallas_kernels.mosaic import _sparse as sparse
-from pallas_kernels.triton._two_four import WORD
+from pallas_kernels.mosaic._configs import BLOCK_K, Config
 
-BLOCK_K = 64  # slots of the shortest step: what one row of a swizzled tile holds along K
-SHARED_MEMORY = 227 * 1024 - 2048  # bytes for the stages and the ring of ids; barriers and alignment take the rest
 WARPGROUPS = 3
 MOST_EARLY = 64 * 128  # numbers of an accumulator beside which an addend fits twice into the registers
+PLAIN, SPLAT = plgpu.RefType(), plgpu.Layout.WG_SPLAT
 TILE_COST = 2  # fixed cost of a tile, in steps; used only to balance schedules
 
 
-@dataclasses.dataclass(frozen=True)
-class Config:
-    """The shape of a program and how tiles are dealt to programs.
+class Operands(NamedTuple):
+    """What the kernel reads: arrays, or references to them.
 
     Attributes:
-        block_tokens: tokens of a tile.
-        stages: depth of the ring of operand tiles, in steps.
-        ahead: how many steps earlier than its operands a step's column ids are fetched.
-        split: what the two consumers divide a tile by, "rows" or "tokens". By rows both read all tokens, in the widest
-            instructions; by tokens both read all rows.
-        band: token tiles that programs side by side share: the tiles of `band` token tiles are dealt out group by
-            group before the next band begins. Ragged groups are dealt heaviest first, whatever the band.
-        registers: of a thread of the consumers and of the producer; (2 a + b) <= 512 - 8 in multiples of 8.
-        block_k: slots of a step, a multiple of `BLOCK_K`.
+        values: (P, V) bfloat16 or float16, V = 64, 128 or 256; (P / 2, V) with `pairs`.
+        ids: (P,) int32, the columns, in 0..K-1; with a window the ids of `ptx.gather`, flat.
+        rows: (R * V,) int32.
+        x: (K, N) of the values' dtype, N rounded up to a multiple of 8; with a window (C H W, B), B a multiple of 8.
+        bias: (M,) of the same dtype, or None.
+        addend: (M, N) of the same dtype, or None.
+        pairs: None, or the pairs of packed 2:4 values, (P / 16, V) uint16 as `wide_pairs` makes them.
+        work: None, or the table of `schedule`; `product` makes it.
     """
 
-    block_tokens: int = 256
-    stages: int = 4
-    ahead: int = 4
-    split: Literal["rows", "tokens"] = "tokens"
-    band: int = 1
-    registers: tuple[int, int] = (216, 72)
-    block_k: int = BLOCK_K
+    values: Any
+    ids: Any
+    rows: Any
+    x: Any
+    bias: Any = None
+    addend: Any = None
+    pairs: Any = None
+    work: Any = None
 
-    def shared_memory(self, group_size: int, packed: bool = False, id_words: int = 1) -> int:
-        """Bytes of the stages and the ring of column ids, `id_words` 32-bit words each.
+    @property
+    def id_words(self) -> int:
+        """32-bit words that tell where a slot points."""
+        return 1 if self.pairs is not None else self.ids.shape[0] // self.values.shape[0]
 
-        A packed step has half the values, and their pairs.
-        """
-        weights = group_size + 2 * group_size // WORD if packed else 2 * group_size
-        slot = self.stages * (weights + 2 * self.block_tokens) + 4 * id_words * (self.stages + self.ahead)
-        return slot * self.block_k
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    """What is known of a product when tracing, beside its operands' shapes.
+
+    Attributes:
+        m: output features.
+        n: tokens.
+        segments: the lengths of the groups' segments, multiples of the config's `block_k`.
+        activation: see `matmul`.
+        multiprocessors: of the GPU.
+        sentinels: whether a column may be K; it then stands for an input of zeros.
+        window: the geometry of a convolution, or None.
+    """
+
+    m: int
+    n: int
+    segments: Segments
+    activation: str | None
+    multiprocessors: int
+    sentinels: bool = False
+    window: Window | None = None
+
+
+class Scratch(NamedTuple):
+    """The shared memory of a program, and its barriers."""
+
+    a_tiles: Any
+    b_tiles: Any
+    ids: Any
+    gathered: Any
+    a_full: Any
+    ids_full: Any
+    empty: Any
+    pair_tiles: Any
+
+
+class Work(NamedTuple):
+    """The tiles of a program: how many, and what `schedule` says of the i-th."""
+
+    count: Any
+    entry: Callable[[Any], tuple[Any, ...]]
 
 
 @functools.lru_cache(maxsize=256)
-def schedule(
-    segments: tuple[tuple[int, int], ...], token_tiles: int, programs: int, band: int, block_k: int = BLOCK_K
-) -> np.ndarray:
+def schedule(segments: Segments, token_tiles: int, programs: int, band: int, block_k: int = BLOCK_K) -> np.ndarray:
     """Deals the tiles of a product out to programs, longest first to whoever is free.
 
     That is within a third of the best, and far closer with many tiles. Where all groups have as many slots `dealt` does
@@ -127,72 +165,73 @@ def dealt(program, i, *, groups: int, steps: int, token_tiles: int, programs: in
     return tuple(jnp.where(tile < groups * token_tiles, value, 0) for value in row)
 
 
-def product(
-    values, columns, rows, x, bias, pairs=None, addend=None,
-    *, m, n, segments, activation, config: Config, multiprocessors: int, sentinels: bool = False,
-    window: Window | None = None,
-):  # fmt: skip
+def product(operands: Operands, shape: Shape, config: Config) -> jax.Array:
     """Computes activation(W x + bias + addend), feature-major; a convolution has x as `ptx.gather` reads it.
 
     Args:
-        values: (P, V) bfloat16 or float16, V = 64, 128 or 256; (P / 2, V) with `pairs`.
-        columns: (P,) int32 in 0..K-1; with a window the ids of `ptx.gather`, flat.
-        rows: (R * V,) int32.
-        x: (K, N) of the values' dtype, N rounded up to a multiple of 8; with a window (C H W, B), B a multiple of 8.
-        bias: (M,) of the same dtype, or None.
-        pairs: None, or the pairs of packed 2:4 values, (P / 16, V) uint16 as `wide_pairs` makes them.
-        addend: (M, N) of the same dtype, or None.
-        m: M.
-        n: N.
-        segments: as in `schedule`.
-        activation: see `matmul`.
+        operands: the arrays.
+        shape: of the product.
         config: a legal config.
-        multiprocessors: of the GPU.
-        sentinels: whether a column may be K; it then stands for an input of zeros.
-        window: the geometry of a convolution, or None.
 
     Returns:
         (M, N) of the values' dtype.
     """
-    c, v, packed = config, values.shape[1], pairs is not None
-    id_words = 1 if packed else columns.size // values.shape[0]
-    groups, token_tiles = sum(count for count, _ in segments), pl.cdiv(n, c.block_tokens)
+    c, v, packed = config, operands.values.shape[1], operands.pairs is not None
+    groups, token_tiles = sum(count for count, _ in shape.segments), pl.cdiv(shape.n, c.block_tokens)
     tiles = groups * token_tiles
-    programs = min(multiprocessors, tiles)
-    lengths = {slots // c.block_k for _, slots in segments}
-    work = deal = None
-    if len(lengths) == 1:
-        deal = functools.partial(
-            dealt, groups=groups, steps=lengths.pop(), token_tiles=token_tiles, programs=programs, band=c.band
-        )
-    else:
-        work = jnp.asarray(schedule(segments, token_tiles, programs, c.band, c.block_k))
-    optional = {"work": work, "bias": bias, "addend": addend, "pairs": pairs}
-    optional = {name: a for name, a in optional.items() if a is not None}
+    programs = min(shape.multiprocessors, tiles)
+    lengths = {slots // c.block_k for _, slots in shape.segments}
+    if len(lengths) > 1:
+        table = jnp.asarray(schedule(shape.segments, token_tiles, programs, c.band, c.block_k))
+        operands = operands._replace(work=table)
 
-    def body(*refs):
-        _body(*refs, config=c, v=v, m=m, n=n, tiles=tiles, programs=programs, deal=deal, given=tuple(optional),
-              sentinels=sentinels, id_words=id_words, window=window, activation=activation)  # fmt: skip
+    def kernel(refs: Operands, y: Any, scratch: Scratch) -> None:
+        program, warpgroup = lax.axis_index("program"), lax.axis_index("warpgroup")
+        inline(functools.partial(ptx.init_barriers, count=c.stages, arrivals=ptx.WARPGROUP), PLAIN)(scratch.gathered)
+
+        def dealt_to_this(i: Any) -> tuple[Any, ...]:
+            return dealt(
+                program, i, groups=groups, steps=next(iter(lengths)), token_tiles=token_tiles, programs=programs,
+                band=c.band,
+            )  # fmt: skip
+
+        def read_from_table(i: Any) -> tuple[Any, ...]:
+            return tuple(refs.work[program, i + 1, field] for field in range(4))
+
+        if refs.work is None:
+            work = Work(lax.div(tiles - 1 - program, programs) + 1, dealt_to_this)
+        else:
+            work = Work(refs.work[program, 0, 0], read_from_table)
+
+        @pl.when(warpgroup == 2)
+        def _produce() -> None:
+            plgpu.set_max_registers(c.registers[1], action="decrease")
+            _producer(refs, scratch, work, shape, c)
+
+        @pl.when(warpgroup < 2)
+        def _consume() -> None:
+            plgpu.set_max_registers(c.registers[0], action="increase")
+            _consumer(refs, y, scratch, work, shape, c)
 
     # The kernel's name in profiles.
-    body.__name__ = "two_four_matmul" if packed else "row_grouped_matmul" if window is None else "row_grouped_conv"
-    ring = c.stages + c.ahead
-    call = plgpu.kernel(
-        body,
-        out_type=jax.ShapeDtypeStruct((m, n), x.dtype),
-        scratch_types=(
-            plgpu.SMEM((c.stages, c.block_k // 2 if packed else c.block_k, v), x.dtype, transforms=_tiled(v)),
-            plgpu.SMEM((c.stages, c.block_k, c.block_tokens), x.dtype, transforms=_tiled(c.block_tokens)),
-            plgpu.SMEM((ring, c.block_k * id_words), jnp.int32),
-            plgpu.SMEM((2 * c.stages,), jnp.int32),  # the gather's own barriers, 8 bytes each
-            plgpu.Barrier(num_barriers=c.stages, num_arrivals=2 if packed else 1),
-            plgpu.Barrier(num_barriers=ring),
-            plgpu.Barrier(num_barriers=c.stages, num_arrivals=2),
-            [plgpu.SMEM((c.stages, c.block_k // WORD, v), jnp.uint16, transforms=_tiled(v, 4))] if packed else [],
-        ),
-        **launch(programs),
+    kernel.__name__ = (
+        "two_four_matmul" if packed else "row_grouped_matmul" if shape.window is None else "row_grouped_conv"
     )
-    return call(values, columns, rows, x, *optional.values())
+    ring, dtype = c.stages + c.ahead, operands.x.dtype
+    scratch = Scratch(
+        a_tiles=plgpu.SMEM((c.stages, c.block_k // 2 if packed else c.block_k, v), dtype, transforms=_tiled(v)),
+        b_tiles=plgpu.SMEM((c.stages, c.block_k, c.block_tokens), dtype, transforms=_tiled(c.block_tokens)),
+        ids=plgpu.SMEM((ring, c.block_k * operands.id_words), jnp.int32),
+        gathered=plgpu.SMEM((2 * c.stages,), jnp.int32),  # the gather's own barriers, 8 bytes each
+        a_full=plgpu.Barrier(num_barriers=c.stages, num_arrivals=2 if packed else 1),
+        ids_full=plgpu.Barrier(num_barriers=ring),
+        empty=plgpu.Barrier(num_barriers=c.stages, num_arrivals=2),
+        pair_tiles=plgpu.SMEM((c.stages, c.block_k // WORD, v), jnp.uint16, transforms=_tiled(v, 4))
+        if packed
+        else None,
+    )
+    out = jax.ShapeDtypeStruct((shape.m, shape.n), dtype)
+    return plgpu.kernel(kernel, out_type=out, scratch_types=(scratch,), **launch(programs))(operands)
 
 
 def launch(programs: int) -> dict[str, Any]:
@@ -209,171 +248,144 @@ def launch(programs: int) -> dict[str, Any]:
     }
 
 
-def _tiled(width: int, rows: int = 8):
+def _tiled(width: int, rows: int = 8) -> tuple[Any, ...]:
     """How two-byte operands lie in shared memory: some rows of up to 128 bytes to a tile, swizzled."""
     row = min(2 * width, 128)
     return (plgpu.TilingTransform((rows, row // 2)), plgpu.SwizzleTransform(row))
 
 
-def _inline(function, *arg_types, result=None):
+def inline(function: Callable[..., Any], *arg_types: Any, result: Any = None) -> Callable[..., Any]:
+    """Calls a function that emits instructions, with references and arrays of the given types."""
     return plgpu.inline_mgpu(arg_types=arg_types, return_type=result)(lambda context, *args: function(*args))
 
 
-def _activate(activation, y):
+def _activate(activation: str | None, y: Any) -> Any:
     """The activation of an accumulator. tanh is one instruction, its error below the rounding of a two-byte output."""
     if activation in (None, "relu"):
         return y if activation is None else jnp.maximum(y, 0.0)
     kind = plgpu.ShapeDtypeStruct(y.shape, y.dtype, layout=plgpu.Layout.WGMMA)
-    return _inline({"gelu": ptx.gelu, "silu": ptx.silu}[activation], plgpu.Layout.WGMMA, result=kind)(y)
+    return inline({"gelu": ptx.gelu, "silu": ptx.silu}[activation], plgpu.Layout.WGMMA, result=kind)(y)
 
 
-def _body(
-    values, columns, rows, x, *refs,
-    config, v, m, n, tiles, programs, deal, given, sentinels, id_words, window, activation,
-):  # fmt: skip
-    optional = dict(zip(given, refs, strict=False))
-    work, bias, addend, pairs = (optional.get(name) for name in ("work", "bias", "addend", "pairs"))
-    has_bias, has_addend, packed = bias is not None, addend is not None, pairs is not None
-    y, a_tiles, b_tiles, ids, gathered, a_full, ids_full, empty, pair_tiles = refs[len(given) :]
-    c = config
-    program, warpgroup = lax.axis_index("program"), lax.axis_index("warpgroup")
-    plain, splat = plgpu.RefType(), plgpu.Layout.WG_SPLAT
-    _inline(functools.partial(ptx.init_barriers, count=c.stages, arrivals=ptx.WARPGROUP), plain)(gathered)
-    count = lax.div(tiles - 1 - program, programs) + 1 if work is None else work[program, 0, 0]
+def _consumer(refs: Operands, y: Any, scratch: Scratch, work: Work, shape: Shape, config: Config) -> None:
+    """Multiplies the tiles that the producer fills, this warpgroup's half of each, and stores the results."""
+    c, v, m, n, x, warpgroup = config, refs.values.shape[1], shape.m, shape.n, refs.x, lax.axis_index("warpgroup")
+    height, wide = (v // 2, c.block_tokens) if c.split == "rows" else (v, c.block_tokens // 2)
+    rows_first, tokens_first = (height, 0) if c.split == "rows" else (0, wide)
+    row_layout = plgpu.Layout.WGMMA.reduce(1)
+    weights = [tiles for tiles in (scratch.a_tiles, scratch.pair_tiles) if tiles is not None]
+    wait = inline(functools.partial(ptx.wait, stages=c.stages), PLAIN, SPLAT)
+    registers, tile = plgpu.Layout._WGMMA_ACC_32BIT, (height, wide)
+    running = plgpu.ShapeDtypeStruct(tile, jnp.dtype(jnp.float32), layout=registers)
+    finished = plgpu.ShapeDtypeStruct(tile, jnp.dtype(jnp.float32), layout=plgpu.Layout.WGMMA)
+    zeros = inline(functools.partial(sparse.zeros, shape=tile, layout=registers), result=running)
+    kinds = (plgpu.RefType(transforms) for transforms in (_tiled(v), _tiled(v, 4), _tiled(c.block_tokens)))
+    issue = inline(sparse.multiply, registers, *kinds, result=running)
+    drain = inline(sparse.drain, registers, result=finished)
 
-    def entry(i):
-        """First step, steps, group and token tile of the program's i-th tile."""
-        return deal(program, i) if work is None else tuple(work[program, i + 1, field] for field in range(4))
+    def of_rows(dtype):
+        return plgpu.ShapeDtypeStruct((height,), dtype, layout=row_layout)
 
-    @pl.when(warpgroup == 2)
-    def _produce():
-        plgpu.set_max_registers(c.registers[1], action="decrease")
-        copies = [(values, a_tiles), (pairs, *pair_tiles)] if packed else [(values, a_tiles)]
-        _producer(copies, columns, x, b_tiles, ids, gathered, a_full, ids_full, empty,
-                  entry=entry, count=count, config=c, n=n, sentinels=sentinels, id_words=id_words,
-                  window=window)  # fmt: skip
+    def header(i):
+        """Steps, group and token tile of a tile; behind the last one zeros."""
+        return work.entry(jnp.minimum(i, work.count))[1:]
 
-    @pl.when(warpgroup < 2)
-    def _consume():
-        plgpu.set_max_registers(c.registers[0], action="increase")
-        height, wide = (v // 2, c.block_tokens) if c.split == "rows" else (v, c.block_tokens // 2)
-        rows_first, tokens_first = (height, 0) if c.split == "rows" else (0, wide)
-        row_layout = plgpu.Layout.WGMMA.reduce(1)
-        wait = _inline(functools.partial(ptx.wait, stages=c.stages), plain, splat)
-        registers, shape = plgpu.Layout._WGMMA_ACC_32BIT, (height, wide)
-        running = plgpu.ShapeDtypeStruct(shape, jnp.dtype(jnp.float32), layout=registers)
-        finished = plgpu.ShapeDtypeStruct(shape, jnp.dtype(jnp.float32), layout=plgpu.Layout.WGMMA)
-        zeros = _inline(functools.partial(sparse.zeros, shape=shape, layout=registers), result=running)
-        refs = (plgpu.RefType(transforms) for transforms in (_tiled(v), _tiled(v, 4), _tiled(c.block_tokens)))
-        issue = _inline(sparse.multiply, registers, *refs, result=running)
-        drain = _inline(sparse.drain, registers, result=finished)
+    def targets_of(group):
+        load = functools.partial(ptx.stored_rows, count=height, layout=row_layout)
+        return inline(load, PLAIN, SPLAT, result=of_rows(jnp.int32))(refs.rows, group * v + warpgroup * rows_first)
 
-        def of_rows(dtype):
-            return plgpu.ShapeDtypeStruct((height,), dtype, layout=row_layout)
+    def offsets_of(targets):
+        if refs.bias is None:
+            return None
+        load = functools.partial(ptx.row_bias, m=m, layout=row_layout)
+        return inline(load, PLAIN, row_layout, result=of_rows(jnp.float32))(refs.bias, targets)
 
-        def header(i):
-            """Steps, group and token tile of a tile; behind the last one zeros."""
-            return entry(jnp.minimum(i, count))[1:]
+    def added_to(targets, token_tile):
+        load = functools.partial(ptx.load_rows, height=height, width=wide, m=m, tokens=n)
+        first_token = token_tile * c.block_tokens + warpgroup * tokens_first
+        return inline(load, PLAIN, row_layout, SPLAT, result=loaded)(refs.addend, targets, first_token)
 
-        def targets_of(group):
-            load = functools.partial(ptx.stored_rows, count=height, layout=row_layout)
-            return _inline(load, plain, splat, result=of_rows(jnp.int32))(rows, group * v + warpgroup * rows_first)
+    loaded = plgpu.ShapeDtypeStruct((height, wide), x.dtype, layout=plgpu.Layout.WGMMA)
+    # The addend too is read a tile ahead, where that leaves registers.
+    early = refs.addend is not None and height * wide <= MOST_EARLY
 
-        def offsets_of(targets):
-            if not has_bias:
-                return None
-            load = functools.partial(ptx.row_bias, m=m, layout=row_layout)
-            return _inline(load, plain, row_layout, result=of_rows(jnp.float32))(bias, targets)
+    def multiply(i, carry):
+        # What the epilogue reads comes a tile before it is needed: header, rows and bias are a chain of loads.
+        step, steps, token_tile, targets, offsets, added, (next_steps, next_group, next_tile) = carry
+        next_targets, after_next = targets_of(next_group), header(i + 2)
+        next_added = added_to(next_targets, next_tile) if early else None
 
-        def added_to(targets, token_tile):
-            load = functools.partial(ptx.load_rows, height=height, width=wide, m=m, tokens=n)
-            first_token = token_tile * c.block_tokens + warpgroup * tokens_first
-            return _inline(load, plain, row_layout, splat, result=loaded)(addend, targets, first_token)
+        def operands(now):
+            """This consumer's part of a step's tiles, when they have arrived."""
+            slot = lax.rem(now, c.stages)
+            plgpu.barrier_wait(scratch.a_full.at[slot])
+            wait(scratch.gathered, now)
+            own_rows, own_tokens = pl.ds(warpgroup * height, height), pl.ds(warpgroup * wide, wide)
+            if c.split == "rows":
+                return [t.at[slot, :, own_rows] for t in weights], scratch.b_tiles.at[slot]
+            return [t.at[slot] for t in weights], scratch.b_tiles.at[slot, :, own_tokens]
 
-        loaded = plgpu.ShapeDtypeStruct((height, wide), x.dtype, layout=plgpu.Layout.WGMMA)
-        # The addend too is read a tile ahead, where that leaves registers.
-        early = has_addend and height * wide <= MOST_EARLY
+        def release(now):
+            plgpu.barrier_arrive(scratch.empty.at[lax.rem(now, c.stages)])
 
-        def multiply(i, carry):
-            # What the epilogue reads comes a tile before it is needed: header, rows and bias are a chain of loads.
-            step, steps, token_tile, targets, offsets, added, (next_steps, next_group, next_tile) = carry
-            next_targets, after_next = targets_of(next_group), header(i + 2)
-            next_added = added_to(next_targets, next_tile) if early else None
+        def multiply_dense(acc):
+            def one(k, _):
+                (a,), b = operands(step + k)
+                plgpu.wgmma(acc, a.transpose((1, 0)), b)
+                plgpu.wgmma_wait(1)  # all but the one just issued
+                pl.when(k > 0)(lambda: release(step + k - 1))
 
-            def operands(now):
-                """This consumer's part of a step's tiles, when they have arrived."""
-                slot = lax.rem(now, c.stages)
-                plgpu.barrier_wait(a_full.at[slot])
-                wait(gathered, now)
-                own_rows, own_tokens = pl.ds(warpgroup * height, height), pl.ds(warpgroup * wide, wide)
-                if c.split == "rows":
-                    return [t.at[slot, :, own_rows] for t in (a_tiles, *pair_tiles)], b_tiles.at[slot]
-                return [t.at[slot] for t in (a_tiles, *pair_tiles)], b_tiles.at[slot, :, own_tokens]
+            lax.fori_loop(0, steps, one, None)
+            plgpu.wgmma_wait(0)
+            pl.when(steps > 0)(lambda: release(step + steps - 1))
+            return acc[...]
 
-            def release(now):
-                plgpu.barrier_arrive(empty.at[lax.rem(now, c.stages)])
-
-            def multiply_dense(acc):
-                def one(k, _):
-                    (a,), b = operands(step + k)
-                    plgpu.wgmma(acc, a.transpose((1, 0)), b)
-                    plgpu.wgmma_wait(1)  # all but the one just issued
-                    pl.when(k > 0)(lambda: release(step + k - 1))
-
-                lax.fori_loop(0, steps, one, None)
-                plgpu.wgmma_wait(0)
-                pl.when(steps > 0)(lambda: release(step + steps - 1))
-                return acc[...]
-
-            def multiply_sparse():
-                def one(k, acc):
-                    (a, pairs), b = operands(step + k)
-                    acc = issue(acc, a, pairs, b)  # waits for all that was issued before
-                    pl.when(k > 0)(lambda: release(step + k - 1))
-                    return acc
-
-                acc = drain(lax.fori_loop(0, steps, one, zeros()))
-                pl.when(steps > 0)(lambda: release(step + steps - 1))
+        def multiply_sparse():
+            def one(k, acc):
+                (a, pairs), b = operands(step + k)
+                acc = issue(acc, a, pairs, b)  # waits for all that was issued before
+                pl.when(k > 0)(lambda: release(step + k - 1))
                 return acc
 
-            if packed:
-                out = multiply_sparse()
-            else:
-                out = pl.run_scoped(multiply_dense, plgpu.ACC((height, wide), jnp.float32))
-            next_offsets = offsets_of(next_targets)
-            if has_bias:
-                out = out + lax.broadcast_in_dim(offsets, (height, wide), (0,))
-            first_token = token_tile * c.block_tokens + warpgroup * tokens_first
-            if has_addend:
-                added = added if early else added_to(targets, token_tile)
-                added = _inline(ptx.exchange_rows, plgpu.Layout.WGMMA, result=loaded)(added)
-                out = out + added.astype(jnp.float32)
-            out = _activate(activation, out).astype(x.dtype)
-            store = functools.partial(ptx.store_rows, m=m, tokens=n)
-            _inline(store, plain, plgpu.Layout.WGMMA, row_layout, splat)(y, out, targets, first_token)
-            return step + steps, next_steps, next_tile, next_targets, next_offsets, next_added, after_next
+            acc = drain(lax.fori_loop(0, steps, one, zeros()))
+            pl.when(steps > 0)(lambda: release(step + steps - 1))
+            return acc
 
-        steps, group, token_tile = header(0)
-        targets = targets_of(group)
-        added = added_to(targets, token_tile) if early else None
-        carry = jnp.int32(0), steps, token_tile, targets, offsets_of(targets), added, header(1)
-        lax.fori_loop(0, count, multiply, carry)
+        if refs.pairs is not None:
+            out = multiply_sparse()
+        else:
+            out = pl.run_scoped(multiply_dense, plgpu.ACC((height, wide), jnp.float32))
+        next_offsets = offsets_of(next_targets)
+        if refs.bias is not None:
+            out = out + lax.broadcast_in_dim(offsets, (height, wide), (0,))
+        first_token = token_tile * c.block_tokens + warpgroup * tokens_first
+        if refs.addend is not None:
+            added = added if early else added_to(targets, token_tile)
+            added = inline(ptx.exchange_rows, plgpu.Layout.WGMMA, result=loaded)(added)
+            out = out + added.astype(jnp.float32)
+        out = _activate(shape.activation, out).astype(x.dtype)
+        store = functools.partial(ptx.store_rows, m=m, tokens=n)
+        inline(store, PLAIN, plgpu.Layout.WGMMA, row_layout, SPLAT)(y, out, targets, first_token)
+        return step + steps, next_steps, next_tile, next_targets, next_offsets, next_added, after_next
+
+    steps, group, token_tile = header(0)
+    targets = targets_of(group)
+    added = added_to(targets, token_tile) if early else None
+    carry = jnp.int32(0), steps, token_tile, targets, offsets_of(targets), added, header(1)
+    lax.fori_loop(0, work.count, multiply, carry)
 
 
-def _producer(
-    copies, columns, x, b_tiles, ids, gathered, a_full, ids_full, empty,
-    *, entry, count, config, n, sentinels, id_words, window,
-):  # fmt: skip
-    """Fills the ring, tile after tile: by TMA from every (source, tiles) in `copies`, and by the gather."""
-    c = config
+def _producer(refs: Operands, scratch: Scratch, work: Work, shape: Shape, config: Config) -> None:
+    """Fills the ring, tile after tile: weights and their pairs by TMA, activations by the gather."""
+    c, x, id_words, entry = config, refs.x, refs.id_words, work.entry
     ring = c.stages + c.ahead
-    plain, splat = plgpu.RefType(), plgpu.Layout.WG_SPLAT
-    gather = _inline(
+    copies = [(refs.values, scratch.a_tiles), (refs.pairs, scratch.pair_tiles)]
+    gather = inline(
         functools.partial(
-            ptx.gather, tokens=x.shape[1] if window is None else n, block_k=c.block_k, block_tokens=c.block_tokens,
-            first=2 * ptx.WARPGROUP, sentinel=x.shape[0] if sentinels else None, window=window, masked=id_words == 2,
+            ptx.gather, tokens=x.shape[1] if shape.window is None else shape.n, block_k=c.block_k, block_tokens=c.block_tokens,
+            first=2 * ptx.WARPGROUP, sentinel=x.shape[0] if shape.sentinels else None, window=shape.window, masked=id_words == 2,
         ),
-        plain, plain, plgpu.RefType(_tiled(c.block_tokens)), plain, splat, splat,
+        PLAIN, PLAIN, plgpu.RefType(_tiled(c.block_tokens)), PLAIN, SPLAT, SPLAT,
     )  # fmt: skip
 
     def fetch_ids(step, cursor):
@@ -384,7 +396,7 @@ def _producer(
         @pl.when(left > 0)
         def _copy():
             some = pl.ds(block * c.block_k * id_words, c.block_k * id_words)
-            plgpu.copy_gmem_to_smem(columns.at[some], ids.at[place], ids_full.at[place])
+            plgpu.copy_gmem_to_smem(refs.ids.at[some], scratch.ids.at[place], scratch.ids_full.at[place])
 
         # Behind the last tile a row of zeros ends it: no steps left, and never exactly one again.
         return lax.cond(
@@ -396,9 +408,11 @@ def _producer(
     def copy_weights(step, block):
         slot = lax.rem(step, c.stages)
         for source, tiles in copies:
+            if source is None:
+                continue
             rows = tiles.shape[1]
             piece = source.at[pl.ds(block * rows, rows)]
-            plgpu.copy_gmem_to_smem(piece, tiles.at[slot], a_full.at[slot])
+            plgpu.copy_gmem_to_smem(piece, tiles.at[slot], scratch.a_full.at[slot])
 
     def tile(i, carry):
         block, steps, _, token_tile = entry(i)
@@ -409,13 +423,13 @@ def _producer(
 
             @pl.when(step >= c.stages)
             def _wait_for_room():
-                plgpu.barrier_wait(empty.at[slot])
+                plgpu.barrier_wait(scratch.empty.at[slot])
 
             pl.when(step >= early)(lambda: copy_weights(step, block + k))
             # The consumers are done with the step that used this place of the ring, so all threads have read it.
             cursor = fetch_ids(step + c.ahead, cursor)
-            plgpu.barrier_wait(ids_full.at[place])
-            gather(x, ids.at[place], b_tiles.at[slot], gathered, token_tile, slot)
+            plgpu.barrier_wait(scratch.ids_full.at[place])
+            gather(x, scratch.ids.at[place], scratch.b_tiles.at[slot], scratch.gathered, token_tile, slot)
             return step + 1, cursor
 
         return lax.fori_loop(0, steps, one, carry)
@@ -426,4 +440,4 @@ def _producer(
     # The first weights need not wait for the first ids.
     early = jnp.minimum(steps, c.stages)
     lax.fori_loop(0, early, lambda k, _: copy_weights(k, first + k), None)
-    lax.fori_loop(0, count, tile, (jnp.int32(0), cursor))
+    lax.fori_loop(0, work.count, tile, (jnp.int32(0), cursor))

@@ -3,7 +3,7 @@
 import dataclasses
 
 from pallas_kernels import _tables as tables
-from pallas_kernels._tables import Problem
+from pallas_kernels._backend import Problem
 
 SHARED_MEMORY = 227 * 1024  # bytes a program may use on the largest GPU the search space is made for
 
@@ -44,12 +44,15 @@ def config(problem: Problem, device: str | None = None) -> Config:
         problem: the product.
         device: a device kind, as `jax.Device.device_kind`; None or one without a table uses the heuristic.
     """
-    entry = tables.nearest_product(device, "triton", problem)
+    # No table holds packed products.
+    entry = None if _is_packed(problem) else tables.nearest_product(device, "triton", problem)
     return heuristic(problem) if entry is None else Config(**entry["config"])
 
 
 def heuristic(problem: Problem) -> Config:
     """A config that is legal for the problem and reasonable on any GPU since the A100."""
+    if _is_packed(problem):
+        return _packed_heuristic(problem)
     rows = min(problem.group_size, 128)
     wide = problem.itemsize // 2
     if problem.op == "grad_values":
@@ -85,6 +88,8 @@ def heuristic(problem: Problem) -> Config:
 
 def search_space(problem: Problem) -> tuple[Config, ...]:
     """The configs a tuner measures for the problem, the heuristic's first."""
+    if _is_packed(problem):
+        return _packed_search_space(problem)
     v, wide, n = min(problem.group_size, 128), problem.itemsize // 2, problem.n
     found = [heuristic(problem)]
     if problem.op == "grad_values":
@@ -131,6 +136,30 @@ def search_space(problem: Problem) -> tuple[Config, ...]:
         ]
     legal = (c for c in found if shared_memory(problem, c) <= SHARED_MEMORY)
     return tuple(dict.fromkeys(legal))
+
+
+def _is_packed(problem: Problem) -> bool:
+    return problem.packed and problem.op == "forward"  # derivatives are of the expanded matrix
+
+
+def _packed_heuristic(problem: Problem) -> Config:
+    tokens = max(16, min(64, 1 << (problem.n - 1).bit_length()))
+    flip = tokens < 64  # few tokens are no rows for the widest instructions: let the weights' rows be their columns
+    stages = (3 if flip else 2) if problem.itemsize == 2 else 1
+    return Config(min(problem.group_size, 64), tokens, 256, num_warps=4, num_stages=stages, flip=flip)
+
+
+def _packed_search_space(problem: Problem) -> tuple[Config, ...]:
+    v, most = min(problem.group_size, 128), max(16, 1 << (problem.n - 1).bit_length())
+    found = [_packed_heuristic(problem)]
+    found += [
+        Config(rows, min(64, most), 256, warps, stages, flip=flip, split=split)
+        for rows, warps in sorted({(min(v, 32), 2), (min(v, 64), 4), (v, 4), (v, 8)})
+        for stages in (1, 2, 3)
+        for flip in ((False, True) if rows <= 64 else (False,))
+        for split in ((1, 2) if rows == 128 else (1,))
+    ]
+    return tuple(dict.fromkeys(found))
 
 
 def shared_memory(problem: Problem, config: Config) -> int:

@@ -7,177 +7,103 @@ and the image). A table of one number a slot, made before the kernel, leaves one
 mask of the token (which filter rows and columns are inside of the image) against the bits of the slot's tap.
 """
 
-import dataclasses
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental.pallas import triton as plgpu
 
-from pallas_kernels import _devices as devices
-from pallas_kernels import _two_four as two_four
-from pallas_kernels._matrix import RowGrouped, Topology, expand
-from pallas_kernels._tables import Op
+from pallas_kernels._layout import MatrixLayout, Prepared
 from pallas_kernels._window import Window
-from pallas_kernels.gpu import _layout as layout
-from pallas_kernels.triton import _configs as configs
-from pallas_kernels.triton import _matmul as triton
+from pallas_kernels.gpu import _layout as layouts
+from pallas_kernels.gpu._layout import VECTOR
 from pallas_kernels.triton import _product
 from pallas_kernels.triton._configs import Config
-from pallas_kernels.triton._grad import decompress
-from pallas_kernels.triton._tiles import (
-    VECTOR,
-    check,
-    problem,
-)
-from pallas_kernels.xla._conv import dense_grad_input
 
 
-def forward(matrix, x, bias, *, window, activation, precision, config=None):
-    """Computes activation(filters * x + bias), (C, H, W, B) to (M, H' W' B); see `conv2d` for the arguments.
+class Operands(NamedTuple):
+    """What the kernels read beside dY: arrays, or references to them; `bits` is None without borders."""
 
-    Args:
-        matrix: canonical or prepared.
-        x: (C, H, W, B).
-        bias: (M,) or None.
-        window: the geometry.
-        activation: see `matmul`.
-        precision: see `matmul`.
-        config: None looks one up, as for the product of the same sizes.
+    values: Any
+    pixels: Any
+    bits: Any
+    x: Any
 
-    Raises:
-        NotImplementedError: a group size, dtype or filter size not supported by the kernel.
-    """
-    topology, batch = matrix.topology, x.shape[-1]
-    if window.is_matmul:
-        flat = x.reshape(topology.k, -1)
-        return triton.forward(
-            matrix, flat, bias, activation=activation, layout="feature_major", precision=precision, config=config
-        )
-    _check(topology, x.dtype, window)
-    if batch == 0:
-        return jnp.zeros((topology.m, 0), x.dtype)
+    def load(self, slots: jax.Array, live: jax.Array | None) -> tuple[jax.Array, ...]:
+        """Where slots point."""
+        refs = [ref for ref in (self.pixels, self.bits) if ref is not None]
+        return tuple(plgpu.load(ref.at[slots], mask=live, other=None if live is None else 0) for ref in refs)
+
+
+def _operands(values: jax.Array | None, layout: MatrixLayout, x: jax.Array, window: Window) -> Operands:
+    pixels, bits = layouts.slot_tables(layout, window)
+    # Counting in pixels tells the compiler that addresses are multiples of the batch.
+    return Operands(values, pixels, bits if window.is_padded else None, x.reshape(-1, x.shape[-1]))
+
+
+def forward(
+    matrix: Prepared, x: jax.Array, bias: jax.Array | None, *, window: Window, activation: str | None,
+    precision: lax.PrecisionLike, config: Config,
+) -> jax.Array:  # fmt: skip
+    """Computes activation(filters * x + bias), (C, H, W, B) to (M, H' W' B)."""
+    batch = x.shape[-1]
     x = _pad_batch(x)
-    if config is None:
-        config = _config("forward", topology, x, window)
-    y = _forward(matrix, x, bias, window, activation, precision, config)
-    return _unpad_batch(y, x.shape[-1], batch)
+    padded = x.shape[-1]
+
+    def walk(tile: _product.Tile, refs: Operands) -> Any:
+        places = _places(tile.tokens, tile.live_tokens, window, padded)
+
+        def load_slots(step: Any) -> tuple[jax.Array, ...]:
+            return refs.load(*tile.slots(step))
+
+        def gather(found: tuple[jax.Array, ...], live: jax.Array | None) -> jax.Array:
+            return _load_windows(refs.x, *found, places=places, live=live)
+
+        return load_slots, _product.product(tile, refs.values, gather, flip=config.flip, precision=precision)
+
+    y = _product.forward(
+        walk, matrix.layout, _operands(matrix.values, matrix.layout, x, window), bias, window.output_pixels * padded,
+        dtype=x.dtype, activation=activation, config=config, name="row_grouped_conv",
+    )  # fmt: skip
+    return y if padded == batch else y.reshape(len(y), -1, padded)[..., :batch].reshape(len(y), -1)
 
 
-def forward_two_four(matrix, x, bias, *, window, **kwargs):
-    """`forward` for a 2:4 matrix: the packed product where it is one.
-
-    Else it is expanded. Slots without a column repeat one of their four, with zero values.
-    """
-    if window.is_matmul:
-        flat = x.reshape(matrix.topology.k, -1)
-        return triton.forward_two_four(matrix, flat, bias, layout="feature_major", **kwargs)
-    filled = two_four.fill(dataclasses.replace(matrix.topology, pairs=None))
-    return forward(RowGrouped(expand(matrix).values, filled), x, bias, window=window, **kwargs)
-
-
-def grad_values_two_four(topology, x, dy, **kwargs):
-    """`grad_values` of a 2:4 matrix: all of the kept columns, of which the stored slots are taken."""
-    filled = two_four.fill(dataclasses.replace(topology, pairs=None))
-    return two_four.select(topology, grad_values(filled, x, dy, **kwargs))
-
-
-def grad_values(topology, x, dy, *, window, precision, config=None):
-    """Computes dValues (P, V), zero on padding and on sentinel rows.
-
-    Raises:
-        NotImplementedError: a group size, dtype or filter size not supported by the kernel.
-    """
-    if window.is_matmul:
-        flat = x.reshape(topology.k, -1)
-        return triton.grad_values(topology, flat, dy, layout="feature_major", precision=precision, config=config)
-    _check(topology, x.dtype, window)
-    if x.shape[-1] == 0:
-        return jnp.zeros((topology.num_slots, topology.group_size), x.dtype)
-    dy = _pad_batch(dy.astype(x.dtype).reshape(topology.m, -1, x.shape[-1])).reshape(topology.m, -1)
+def grad_values(
+    layout: MatrixLayout, x: jax.Array, dy: jax.Array, *, window: Window, precision: lax.PrecisionLike, config: Config
+) -> jax.Array:
+    """Computes dValues (P, V) from x (C, H, W, B) and dy (M, H' W' B), zero on padding and on sentinel rows."""
+    dy = _pad_batch(dy.reshape(layout.m, -1, x.shape[-1])).reshape(layout.m, -1)
     x = _pad_batch(x)
-    if config is None:
-        config = _config("grad_values", topology, x, window)
+    batch = x.shape[-1]
 
-    def gather(refs, slots, live):
-        *table_refs, x_ref = refs
-        used = table_refs if window.is_padded else table_refs[:1]
-        found = [plgpu.load(ref.at[slots], mask=live, other=None if live is None else 0) for ref in used]
+    def gather(refs: Operands, slots: jax.Array, live: jax.Array | None) -> Any:
+        found = refs.load(slots, live)
 
-        def load(tokens, live_tokens):
-            return _load_windows(x_ref, *found, places=_places(tokens, live_tokens, window, x_ref.shape[1]), live=live)
+        def load(tokens: jax.Array, live_tokens: jax.Array | None) -> jax.Array:
+            return _load_windows(refs.x, *found, places=_places(tokens, live_tokens, window, batch), live=live)
 
         return load
 
-    operands = *layout.slot_tables(topology, window), x.reshape(-1, x.shape[-1])
     return _product.grad_values(
-        gather, topology, operands, dy, config=config, precision=precision, name="row_grouped_conv_grad_values"
-    )
-
-
-def grad_input(matrix, dy, *, window, precision):
-    """Computes the gradient of x, (C, H, W, B): the filters are decompressed, the convolution that follows is dense.
-
-    Raises:
-        NotImplementedError: a group size or dtype not supported by the kernel.
-    """
-    if window.is_matmul:
-        dx = triton.grad_input(matrix, dy, layout="feature_major", precision=precision)
-        return dx.reshape(window.channels, *window.image, -1)
-    check(matrix.topology, dy.dtype)
-    return dense_grad_input(decompress(matrix), dy, window, precision)
-
-
-def _check(topology: Topology, dtype, window: Window) -> None:
-    check(topology, dtype)
-    layout.check_window(window)
-
-
-def _config(op: Op, topology: Topology, x: jax.Array, window: Window) -> Config:
-    """The config of the product that the convolution is, with one output position and image a token."""
-    tokens = window.output_pixels * x.shape[-1]
-    return configs.config(problem(op, topology, jax.ShapeDtypeStruct((topology.k, tokens), x.dtype)), devices.kind())
-
-
-def _pad_batch(x: jax.Array) -> jax.Array:
-    """Pads a batch that is not small to a multiple of `VECTOR`, so that runs of it can be loaded 16 bytes at a time."""
-    batch = x.shape[-1]
-    if batch < VECTOR or batch % VECTOR == 0:
-        return x
-    return jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, -batch % VECTOR)])
-
-
-def _unpad_batch(y: jax.Array, padded: int, batch: int) -> jax.Array:
-    if padded == batch:
-        return y
-    return y.reshape(y.shape[0], -1, padded)[..., :batch].reshape(y.shape[0], -1)
-
-
-def _forward(matrix: RowGrouped, x, bias, window: Window, activation, precision, config: Config):
-    topology, batch = matrix.topology, x.shape[-1]
-
-    def walk(tile, values_ref, pixels_ref, bits_ref, x_ref):
-        places = _places(tile.tokens, tile.live_tokens, window, batch)
-
-        def load_slots(step):
-            slots, live = tile.slots(step)
-            refs = (pixels_ref, bits_ref) if window.is_padded else (pixels_ref,)
-            return tuple(plgpu.load(ref.at[slots], mask=live, other=None if live is None else 0) for ref in refs)
-
-        def gather(found, live):
-            return _load_windows(x_ref, *found, places=places, live=live)
-
-        return load_slots, _product.product(tile, values_ref, gather, flip=config.flip, precision=precision)
-
-    # Counting in pixels tells the compiler that addresses are multiples of the batch.
-    operands = matrix.values, *layout.slot_tables(topology, window), x.reshape(-1, batch)
-    n = window.output_pixels * batch
-    return _product.forward(
-        walk, topology, operands, bias, n, dtype=x.dtype, activation=activation, config=config, name="row_grouped_conv"
+        gather, layout, _operands(None, layout, x, window), dy, config=config, precision=precision,
+        name="row_grouped_conv_grad_values",
     )  # fmt: skip
 
 
-def _places(tokens, live_tokens, window: Window, batch: int):
+def padded_batch(batch: int) -> int:
+    """The batch that kernels see: one that is not small is padded, so that runs of it can be loaded 16 bytes at a time."""
+    return batch if batch < VECTOR else -(-batch // VECTOR) * VECTOR
+
+
+def _pad_batch(x: jax.Array) -> jax.Array:
+    more = padded_batch(x.shape[-1]) - x.shape[-1]
+    return jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, more)]) if more else x
+
+
+def _places(
+    tokens: jax.Array, live_tokens: jax.Array | None, window: Window, batch: int
+) -> tuple[jax.Array, jax.Array, jax.Array | None]:
     """Where tokens are: their position's corner in pixels of channel 0, their image, and the bits of the taps inside.
 
     Without borders the last is `live_tokens`: which tokens exist, None for all.
@@ -201,11 +127,14 @@ def _places(tokens, live_tokens, window: Window, batch: int):
     return row * window.image[1] + column, image, bits
 
 
-def _load_windows(x_ref, pixels, bits=None, *, places, live):
+def _load_windows(
+    x_ref: Any, pixels: jax.Array, bits: jax.Array | None = None,
+    *, places: tuple[jax.Array, jax.Array, jax.Array | None], live: jax.Array | None,
+) -> jax.Array:  # fmt: skip
     """Loads a (slots, tokens) tile of the implicit matrix; zeros outside of the images and where a slot is not live."""
     corners, images, inside = places
     mask = None if inside is None else inside[None, :]
-    if bits is not None:
+    if bits is not None and inside is not None:
         mask = (inside[None, :] & bits[:, None]) == bits[:, None]
     if live is not None:
         mask = live[:, None] if mask is None else mask & live[:, None]

@@ -14,20 +14,13 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
+from jax.typing import DTypeLike
 
 from pallas_kernels._activations import ACTIVATIONS, GELU
-from pallas_kernels._matrix import Topology
+from pallas_kernels._layout import MatrixLayout
+from pallas_kernels.gpu._layout import is_aligned, static_length
 from pallas_kernels.triton._configs import Config
-from pallas_kernels.triton._tiles import (
-    call,
-    contract,
-    is_aligned,
-    load_tile,
-    loop,
-    split_steps,
-    static_length,
-    store_tile,
-)
+from pallas_kernels.triton._tiles import call, contract, load_tile, loop, split_steps, store_tile
 
 # The exact functions cost a quarter of the whole product at 75%; these err by less than two-byte outputs round.
 FAST_ACTIVATIONS = ACTIVATIONS | {
@@ -65,23 +58,21 @@ class Tile(NamedTuple):
         return slots, slots < self.end if self.masked else None
 
 
-Walk = Callable[..., tuple[Callable, Callable]]
-"""(tile, *references to the operands) -> (step -> the indices it needs, (step, indices, sum) -> the sum with it)."""
+Walk = Callable[[Tile, Any], tuple[Callable[[Any], Any], Callable[[Any, Any, Any], Any]]]
+"""(tile, references to the operands) -> (step -> the indices it needs, (step, indices, sum) -> the sum with it)."""
 
 
 def forward(
-    walk: Walk, topology: Topology, operands: Sequence[jax.Array], bias: jax.Array | None, n: int,
-    *, dtype: Any, activation: str | None, config: Config, name: str,
+    walk: Walk, layout: MatrixLayout, operands: Any, bias: jax.Array | None, n: int,
+    *, dtype: DTypeLike, activation: str | None, config: Config, name: str,
 ) -> jax.Array:  # fmt: skip
-    """Runs a forward kernel: (M, N) of the dtype."""
-    c, groups, v, m = config, topology.num_groups, topology.group_size, topology.m
+    """Runs a forward kernel: (M, N) of the dtype. `operands` is a tree of arrays."""
+    c, groups, v, m = config, layout.num_groups, layout.group_size, layout.m
     block_rows = min(c.block_rows, v)
-    length, masked = static_length(topology, c.block_k), not is_aligned(topology, c.block_k)
+    length, masked = static_length(layout, c.block_k), not is_aligned(layout, c.block_k)
     parts, tiles = groups * (v // block_rows), pl.cdiv(n, c.block_tokens)
 
-    def kernel(*refs, interpret):
-        *operand_refs, ptr_ref, rows_ref = refs[: len(operands) + 2]
-        *bias_ref, y_ref = refs[len(operands) + 2 :]
+    def kernel(operands: Any, ptr_ref: Any, rows_ref: Any, bias_ref: Any, y_ref: Any, *, interpret: bool) -> None:
         program = pl.program_id(0)
         if c.tokens_first:
             part, tile = lax.div(program, tiles), lax.rem(program, tiles)
@@ -101,20 +92,20 @@ def forward(
         live_tokens = tokens < n if n % c.block_tokens else None
         here = Tile(begin, end, c.block_k, masked, lanes, tokens, live_tokens, interpret)
         shape = (c.block_tokens, block_rows) if c.flip else (block_rows, c.block_tokens)
-        acc = loop(first, last, *walk(here, *operand_refs), jnp.zeros(shape, jnp.float32), prefetch=c.prefetch)
+        acc = loop(first, last, *walk(here, operands), jnp.zeros(shape, jnp.float32), prefetch=c.prefetch)
         rows = plgpu.load(rows_ref.at[group * v + lanes]) if rows is None else rows
         y = acc.T if c.flip else acc
         if c.split > 1:
             store_tile(y_ref, rows, tokens, y, rows < m, live_tokens, pl.program_id(1))
             return
-        if bias_ref:
-            y += plgpu.load(bias_ref[0].at[rows], mask=rows < m, other=0).astype(jnp.float32)[:, None]
+        if bias_ref is not None:
+            y += plgpu.load(bias_ref.at[rows], mask=rows < m, other=0).astype(jnp.float32)[:, None]
         functions = ACTIVATIONS if interpret or y_ref.dtype == jnp.float32 else FAST_ACTIVATIONS
         y = functions[activation](y).astype(y_ref.dtype)
         # Where every stored row is real (the groups divide M) the store needs no mask.
         store_tile(y_ref, rows, tokens, y, None if groups * v == m else rows < m, live_tokens)
 
-    args = (*operands, topology.group_ptr, topology.rows, *(() if bias is None else (bias,)))
+    args = operands, layout.group_ptr, layout.rows, bias
     y = call_split(kernel, (m, n), dtype, parts * tiles, c, args, name)
     if c.split > 1:
         y = y if bias is None else y + bias[:, None].astype(y.dtype)
@@ -122,10 +113,13 @@ def forward(
     return y
 
 
-def product(tile: Tile, values_ref: Any, load: Callable, *, flip: bool, precision: lax.PrecisionLike) -> Callable:
+def product(
+    tile: Tile, values_ref: Any, load: Callable[[Any, jax.Array | None], jax.Array],
+    *, flip: bool, precision: lax.PrecisionLike,
+) -> Callable[[Any, Any, Any], Any]:  # fmt: skip
     """The second half of a `Walk` whose steps multiply (slots, rows) values with what `load(indices, live)` gathers."""
 
-    def multiply(step, indices, acc):
+    def multiply(step: Any, indices: Any, acc: jax.Array) -> jax.Array:
         slots, live = tile.slots(step)
         gathered, weights = load(indices, live), load_tile(values_ref, slots, tile.lanes, live, None)
         a, b = (gathered, weights) if flip else (weights, gathered)
@@ -134,42 +128,46 @@ def product(tile: Tile, values_ref: Any, load: Callable, *, flip: bool, precisio
     return multiply
 
 
+Gather = Callable[[Any, jax.Array, jax.Array | None], Callable[[jax.Array, jax.Array | None], jax.Array]]
+"""(references to the operands, slots, which are live) -> (tokens, live ones) -> a tile (slots, tokens) of the right side."""
+
+
 def grad_values(
-    gather: Callable, topology: Topology, operands: Sequence[jax.Array], dy: jax.Array,
+    gather: Gather, layout: MatrixLayout, operands: Any, dy: jax.Array,
     *, config: Config, precision: lax.PrecisionLike, name: str,
 ) -> jax.Array:  # fmt: skip
     """Runs a kernel for dValues: (P, V) of dy's dtype, zero on padding and on sentinel rows.
 
     Args:
-        gather: (references to the operands, slots, which of them are live) -> (tokens, live tokens) -> a tile (slots,
-            tokens) of the right side.
-        topology: of the matrix.
-        operands: what `gather` reads.
+        gather: loads the right side.
+        layout: of the matrix.
+        operands: what `gather` reads, a tree of arrays.
         dy: (M, N).
         config: of the kernel.
         precision: of the products.
         name: of the kernel.
     """
-    c, p, v, m, n = config, topology.num_slots, topology.group_size, topology.m, dy.shape[1]
-    exact = topology.counts is None and topology.known_segments is not None and topology.max_count % c.block_rows == 0
-    tiles, real_rows = pl.cdiv(topology.max_count, c.block_rows), topology.num_groups * v == m
+    c, p, v, m, n = config, layout.num_slots, layout.group_size, layout.m, dy.shape[1]
+    exact = layout.counts is None and layout.segments is not None and layout.max_count % c.block_rows == 0
+    tiles, real_rows = pl.cdiv(layout.max_count, c.block_rows), layout.num_groups * v == m
 
-    def kernel(*refs, interpret):
+    def kernel(
+        operands: Any, ptr_ref: Any, counts_ref: Any, rows_ref: Any, dy_ref: Any, d_ref: Any, *, interpret: bool
+    ) -> None:
         del interpret
-        *operand_refs, ptr_ref, counts_ref, rows_ref, dy_ref, d_ref = refs
         program = pl.program_id(0)
         group, tile = lax.div(program, tiles), lax.rem(program, tiles)
         begin, end, count = ptr_ref[group], ptr_ref[group + 1], counts_ref[group]
         local = tile * c.block_rows + jnp.arange(c.block_rows)
         slots, lanes = begin + local, jnp.arange(v)
-        load = gather(operand_refs, slots, None if exact else local < count)
+        load = gather(operands, slots, None if exact else local < count)
         rows = rows_ref[group * v + lanes]
         live_rows = None if real_rows else rows < m
         first, last = split_steps(pl.cdiv(n, c.block_tokens), c.split)
         if not exact:  # tiles behind the end of a shorter segment have nothing to do
             last = jnp.where(tile * c.block_rows < count, jnp.int32(last), jnp.int32(first))
 
-        def body(step, acc):
+        def body(step: jax.Array, acc: jax.Array) -> jax.Array:
             tokens = step * c.block_tokens + jnp.arange(c.block_tokens)
             live_tokens = tokens < n if n % c.block_tokens else None
             dys = load_tile(dy_ref, rows, tokens, live_rows, live_tokens)
@@ -180,21 +178,17 @@ def grad_values(
         # Padding slots are written too: their masked rows of x made them zero.
         store_tile(d_ref, slots, lanes, acc.astype(d_ref.dtype), None if exact else slots < end, None, *leading)
 
-    args = (*operands, topology.group_ptr, real_counts(topology), topology.rows, dy)
-    d = call_split(kernel, (p, v), dy.dtype, topology.num_groups * tiles, c, args, name).astype(dy.dtype)
-    if topology.known_segments is None:  # slots behind the last group, which no program writes
-        d = jnp.where((jnp.arange(p) < topology.group_ptr[-1])[:, None], d, 0)
+    args = operands, layout.group_ptr, layout.real_counts, layout.rows, dy
+    d = call_split(kernel, (p, v), dy.dtype, layout.num_groups * tiles, c, args, name).astype(dy.dtype)
+    if layout.segments is None:  # slots behind the last group, which no program writes
+        d = jnp.where((jnp.arange(p) < layout.group_ptr[-1])[:, None], d, 0)
     return d
 
 
-def real_counts(topology: Topology) -> jax.Array:
-    """(R,) int32: how many slots of each group hold weights."""
-    return jnp.diff(topology.group_ptr) if topology.counts is None else topology.counts
-
-
 def call_split(
-    kernel: Callable, shape: tuple[int, int], dtype: Any, programs: int, config: Config, args: Sequence, name: str
-) -> jax.Array:
+    kernel: Callable[..., None], shape: tuple[int, int], dtype: DTypeLike, programs: int, config: Config,
+    args: Sequence[Any], name: str,
+) -> jax.Array:  # fmt: skip
     """Calls a kernel; where its contraction is split, sums the float32 partials of the pieces."""
     if config.split == 1:
         return call(kernel, jax.ShapeDtypeStruct(shape, dtype), (programs,), config, *args, name=name)

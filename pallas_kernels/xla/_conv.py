@@ -12,46 +12,23 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels._matrix import RowGrouped, Topology, to_dense
 from pallas_kernels._window import Window
 from pallas_kernels.xla import _matmul as xla
+from pallas_kernels.xla._layout import CPULayout
 
 
 def forward(
-    matrix: RowGrouped,
-    x: jax.Array,
-    bias: jax.Array | None,
-    *,
-    window: Window,
-    activation: str | None,
-    precision: lax.PrecisionLike,
+    values: jax.Array, layout: CPULayout, x: jax.Array, window: Window, precision: lax.PrecisionLike
 ) -> jax.Array:
-    """Computes activation(filters * x + bias), (C, H, W, B) to (M, H' W' B); see `pallas_kernels.conv2d`."""
-    if window.is_matmul:
-        x = x.reshape(window.channels, -1)
-        return xla.forward(matrix, x, bias, layout="feature_major", activation=activation, precision=precision)
-    y = xla.gathered_product(matrix, _gather(x, window), _tokens(x, window), precision)
-    if bias is not None:
-        y = y + bias[:, None]
-    return xla.ACTIVATIONS[activation](y).astype(x.dtype)
+    """Computes filters * x, (C, H, W, B) to (M, H' W' B)."""
+    return xla.gathered_product(values, layout, _gather(x, window), window.output_pixels * x.shape[-1], precision)
 
 
 def grad_values(
-    topology: Topology, x: jax.Array, dy: jax.Array, *, window: Window, precision: lax.PrecisionLike
+    layout: CPULayout, x: jax.Array, dy: jax.Array, window: Window, precision: lax.PrecisionLike
 ) -> jax.Array:
     """Computes the gradient of the values, (P, V) in their arrangement; zero on padding and sentinel rows."""
-    if window.is_matmul:
-        x = x.reshape(window.channels, -1)
-        return xla.grad_values(topology, x, dy, layout="feature_major", precision=precision)
-    return xla.gathered_gradient(topology, _gather(x, window), dy.astype(x.dtype), precision)
-
-
-def grad_input(matrix: RowGrouped, dy: jax.Array, *, window: Window, precision: lax.PrecisionLike) -> jax.Array:
-    """Computes the gradient of x, (C, H, W, B), as a dense convolution with the decompressed filters."""
-    if window.is_matmul:
-        dx = xla.grad_input(matrix, dy, layout="feature_major", precision=precision)
-        return dx.reshape(window.channels, *window.image, -1)
-    return dense_grad_input(to_dense(matrix), dy, window, precision)
+    return xla.gathered_gradient(layout, _gather(x, window), dy.astype(x.dtype), precision)
 
 
 def dense_grad_input(weight: jax.Array, dy: jax.Array, window: Window, precision: lax.PrecisionLike) -> jax.Array:
@@ -74,10 +51,6 @@ def dense(weight: jax.Array, x: jax.Array, window: Window, precision: lax.Precis
         dimension_numbers=("CHWN", "OHWI", "CHWN"),
         precision=precision,
     )
-
-
-def _tokens(x: jax.Array, window: Window) -> int:
-    return window.output_pixels * x.shape[-1]
 
 
 def _gather(x: jax.Array, window: Window) -> xla.Gather:

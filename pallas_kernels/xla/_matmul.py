@@ -13,18 +13,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels._activations import ACTIVATIONS
-from pallas_kernels._matrix import (
-    RowGrouped,
-    Topology,
-    inverse_rows,
-    slot_groups,
-    slot_index,
-    slot_is_real,
-    slot_values,
-    stored_rows_dense,
-)
-from pallas_kernels.xla._layout import prepare as prepare
+from pallas_kernels._layout import Prepared, slot_groups, slot_index, slot_is_real, stored_rows_dense
+from pallas_kernels.xla._layout import CPULayout
 
 # Gathered activations of one product, in bytes.
 GATHER_BYTES = 8 << 20
@@ -54,63 +44,46 @@ class _Run:
     sentinels: bool  # whether a column may be K
 
 
-def forward(
-    matrix: RowGrouped,
-    x: jax.Array,
-    bias: jax.Array | None,
-    *,
-    activation: str | None,
-    layout: str,
-    precision: lax.PrecisionLike,
-) -> jax.Array:
-    """Computes activation(W x + bias) for 2-D `x`; see `pallas_kernels.matmul`."""
-    token_major = layout == "token_major"
-    y = (_token_major if token_major else _feature_major)(matrix, x, precision)
-    if bias is not None:
-        y = y + (bias if token_major else bias[:, None])
-    return ACTIVATIONS[activation](y).astype(x.dtype)
-
-
-def _feature_major(matrix: RowGrouped, x: jax.Array, precision: lax.PrecisionLike) -> jax.Array:
+def feature_major(values: jax.Array, layout: CPULayout, x: jax.Array, precision: lax.PrecisionLike) -> jax.Array:
     """W x, (K, N) to (M, N)."""
-    return gathered_product(matrix, functools.partial(_rows_of, x), x.shape[1], precision)
+    return gathered_product(values, layout, functools.partial(_rows_of, x), x.shape[1], precision)
 
 
-def gathered_product(matrix: RowGrouped, gather: Gather, n: int, precision: lax.PrecisionLike) -> jax.Array:
+def gathered_product(
+    values: jax.Array, layout: CPULayout, gather: Gather, n: int, precision: lax.PrecisionLike
+) -> jax.Array:
     """W X, (M, N), for an X (K, N) of the matrix's dtype that need not exist: `gather` makes the rows asked for."""
-    topology = matrix.topology
-    token_bytes = matrix.dtype.itemsize * n
-    loop = _is_large(topology, n, token_bytes)
-    spec = "gvc,gcn->gvn" if topology.k_contiguous else "gcv,gcn->gvn"
+    token_bytes = values.dtype.itemsize * n
+    loop = _is_large(layout, n, token_bytes)
+    spec = "gvc,gcn->gvn" if layout.k_contiguous else "gcv,gcn->gvn"
 
     def product(run):
         y = _einsum(spec, run.values, gather(run.columns, run.sentinels), precision)
         return y.reshape(y.shape[0] * y.shape[1], y.shape[2])
 
-    stored = jnp.concatenate(_by_products(product, _runs(matrix.values, topology), token_bytes, loop=loop))
-    return _permute_rows(stored, inverse_rows(topology), loop=loop)
+    stored = jnp.concatenate(_by_products(product, _runs(values, layout), token_bytes, loop=loop))
+    return _permute_rows(stored, layout.inverse_rows, loop=loop)
 
 
-def _token_major(matrix: RowGrouped, x: jax.Array, precision: lax.PrecisionLike) -> jax.Array:
+def token_major(values: jax.Array, layout: CPULayout, x: jax.Array, precision: lax.PrecisionLike) -> jax.Array:
     """W x for every row of x, (N, K) to (N, M), without a transposition: gathers of columns are cheaper on a CPU."""
-    topology = matrix.topology
-    spec = "gnc,gvc->gnv" if topology.k_contiguous else "gnc,gcv->gnv"
+    spec = "gnc,gvc->gnv" if layout.k_contiguous else "gnc,gcv->gnv"
 
     def product(run):
         def gather(x, columns):
             return jnp.stack([_columns_of(x, group, run.sentinels) for group in columns])
 
-        y = _einsum(spec, _apart(gather, topology, x, run.columns), run.values, precision)
+        y = _einsum(spec, _apart(gather, layout, x, run.columns), run.values, precision)
         return y.swapaxes(0, 1).reshape(x.shape[0], -1)
 
     token_bytes = x.dtype.itemsize * x.shape[0]
-    parts = _by_products(product, _runs(matrix.values, topology), token_bytes)
+    parts = _by_products(product, _runs(values, layout), token_bytes)
     # The permutation would look every element up in one part after another.
-    stored = _apart(lambda *parts: jnp.concatenate(parts, axis=1), topology, *parts) if len(parts) > 1 else parts[0]
-    return _columns_of(stored, inverse_rows(topology), sentinels=False)
+    stored = _apart(lambda *parts: jnp.concatenate(parts, axis=1), layout, *parts) if len(parts) > 1 else parts[0]
+    return _columns_of(stored, layout.inverse_rows, sentinels=False)
 
 
-def _apart(function: Callable[..., jax.Array], topology: Topology, *arrays: jax.Array) -> jax.Array:
+def _apart(function: Callable[..., jax.Array], layout: CPULayout, *arrays: jax.Array) -> jax.Array:
     """Makes XLA compute function(*arrays) as it stands on a CPU, fused neither with its readers nor its arguments.
 
     A gather of columns that is fused into a product comes out transposed, many times slower than both. XLA does not
@@ -121,12 +94,12 @@ def _apart(function: Callable[..., jax.Array], topology: Topology, *arrays: jax.
     def branches(holds, *arrays):
         return lax.cond(holds, function, lambda *_: jnp.zeros(shape.shape, shape.dtype), *arrays)
 
-    holds = topology.group_ptr[-1] >= 0
+    holds = layout.group_ptr[-1] >= 0
     return lax.platform_dependent(holds, *arrays, cpu=branches, default=lambda _, *arrays: function(*arrays))
 
 
-def _is_large(topology: Topology, n: int, token_bytes: int) -> bool:
-    return topology.num_slots * token_bytes > LOOP_BYTES and n >= TOKENS_OF_LOOPS
+def _is_large(layout: CPULayout, n: int, token_bytes: int) -> bool:
+    return layout.num_slots * token_bytes > LOOP_BYTES and n >= TOKENS_OF_LOOPS
 
 
 def _by_products(
@@ -178,21 +151,20 @@ def _store(a: jax.Array) -> jax.Array:
 
 
 def grad_values(
-    topology: Topology, x: jax.Array, dy: jax.Array, *, layout: str, precision: lax.PrecisionLike
+    layout: CPULayout, x: jax.Array, dy: jax.Array, precision: lax.PrecisionLike, *, token_major: bool
 ) -> jax.Array:
     """Computes the gradient of the values, (P, V) in their arrangement; zero on padding and sentinel rows."""
-    token_major = layout == "token_major"
     if token_major:
         x, dy = _store(x.T), _store(dy.T)
-    return gathered_gradient(topology, functools.partial(_rows_of, x), dy.astype(x.dtype), precision, loop=token_major)
+    return gathered_gradient(layout, functools.partial(_rows_of, x), dy.astype(x.dtype), precision, loop=token_major)
 
 
 def gathered_gradient(
-    topology: Topology, gather: Gather, dy: jax.Array, precision: lax.PrecisionLike, *, loop: bool = False
+    layout: CPULayout, gather: Gather, dy: jax.Array, precision: lax.PrecisionLike, *, loop: bool = False
 ) -> jax.Array:
     """The gradient of the values of `gathered_product`; dy is (M, N), of the dtype that `gather` makes."""
-    v, known = topology.group_size, topology.known_segments is not None
-    spec = "gcn,gvn->gvc" if topology.k_contiguous else "gcn,gvn->gcv"
+    v, known = layout.group_size, layout.segments is not None
+    spec = "gcn,gvn->gvc" if layout.k_contiguous else "gcn,gvn->gcv"
 
     def product(run):
         gathered = gather(run.columns, run.sentinels)
@@ -200,82 +172,72 @@ def gathered_gradient(
         return gradient.reshape(-1, v) if known else gradient
 
     token_bytes = dy.dtype.itemsize * dy.shape[1]
-    loop = loop or _is_large(topology, dy.shape[1], token_bytes)
-    gradient = jnp.concatenate(_by_products(product, _runs(None, topology), token_bytes, loop=loop))
-    group = slot_groups(topology)
+    loop = loop or _is_large(layout, dy.shape[1], token_bytes)
+    gradient = jnp.concatenate(_by_products(product, _runs(None, layout), token_bytes, loop=loop))
+    group = slot_groups(layout)
     if not known:
-        offset = jnp.arange(topology.num_slots) - topology.group_ptr[group]
+        offset = jnp.arange(layout.num_slots) - layout.group_ptr[group]
         gradient = gradient.at[group, offset].get(mode="fill", fill_value=0)
-    live = topology.rows.reshape(-1, v).at[group].get(mode="fill", fill_value=topology.m) < topology.m
-    live = live & slot_is_real(topology)[:, None]
-    return jnp.where(_arrange(live, topology), gradient, 0).astype(dy.dtype)
+    live = layout.rows.reshape(-1, v).at[group].get(mode="fill", fill_value=layout.m) < layout.m
+    live = live & slot_is_real(layout)[:, None]
+    return jnp.where(layout.stored_values(live), gradient, 0).astype(dy.dtype)
 
 
-def grad_input(matrix: RowGrouped, dy: jax.Array, *, layout: str, precision: lax.PrecisionLike) -> jax.Array:
+def grad_input(matrix: Prepared, dy: jax.Array, precision: lax.PrecisionLike, *, token_major: bool) -> jax.Array:
     """Computes W^T dy."""
-    topology = matrix.topology
-    groups, v, k = topology.num_groups, topology.group_size, topology.k
+    layout = matrix.layout
+    groups, v, k = layout.num_groups, layout.group_size, layout.k
 
     def product(dense, rows):
-        if topology.rows.shape[-1] > topology.m:  # what sentinel rows hold must not meet a product
-            dense = jnp.where(rows < topology.m, dense, 0)
-        if layout == "token_major":
+        if layout.rows.shape[-1] > layout.m:  # what sentinel rows hold must not meet a product
+            dense = jnp.where(rows < layout.m, dense, 0)
+        if token_major:
             stored = dy.at[:, rows].get(mode="fill", fill_value=0)
             return _einsum("ns,ks->nk", stored, dense, precision)
         return _einsum("ks,sn->kn", dense, _rows_of(dy, rows), precision)
 
     parts = min(-(-k * groups * v * matrix.values.dtype.itemsize // DENSE_BYTES), groups)
-    if parts <= 1 or topology.num_slots == 0:
-        return product(stored_rows_dense(matrix), topology.rows).astype(dy.dtype)
+    if parts <= 1 or layout.num_slots == 0:
+        return product(stored_rows_dense(matrix), layout.rows).astype(dy.dtype)
     step = -(-groups // parts)
     missing = parts * step - groups
-    index = jnp.pad(slot_index(topology), ((0, 0), (0, missing)), constant_values=topology.num_slots)
-    rows = jnp.pad(topology.rows, (0, missing * v), constant_values=topology.m)
-    values = slot_values(matrix.values, topology)
+    index = jnp.pad(slot_index(layout), ((0, 0), (0, missing)), constant_values=layout.num_slots)
+    rows = jnp.pad(layout.rows, (0, missing * v), constant_values=layout.m)
+    values = layout.slot_values(matrix.values)
 
     def add(i, total):
         here = lax.dynamic_slice_in_dim(index, i * step, step, 1)
         dense = values.at[here].get(mode="fill", fill_value=0).reshape(k, step * v)
         return total + product(dense, lax.dynamic_slice_in_dim(rows, i * step * v, step * v))
 
-    shape = (dy.shape[0], k) if layout == "token_major" else (k, dy.shape[1])
+    shape = (dy.shape[0], k) if token_major else (k, dy.shape[1])
     total = jnp.zeros(shape, jnp.promote_types(dy.dtype, jnp.float32))
     return lax.fori_loop(0, parts, add, total).astype(dy.dtype)
 
 
-def _runs(values: jax.Array | None, topology: Topology) -> Iterator[_Run]:
+def _runs(values: jax.Array | None, layout: CPULayout) -> Iterator[_Run]:
     """The groups by segment length; ragged counts unknown when tracing are one run, padded to the largest group."""
-    v, ptr = topology.group_size, topology.group_ptr
-    rows = topology.rows.reshape(-1, v)
-    if topology.known_segments is None:
-        end = ptr[1:] if topology.counts is None else ptr[:-1] + topology.counts
-        slots = ptr[:-1, None] + jnp.arange(topology.max_count)
-        slots = jnp.where(slots < end[:, None], slots, topology.num_slots)
-        columns = topology.columns.at[slots].get(mode="fill", fill_value=topology.k)
+    v, ptr = layout.group_size, layout.group_ptr
+    rows = layout.rows.reshape(-1, v)
+    if layout.segments is None:
+        end = ptr[1:] if layout.counts is None else ptr[:-1] + layout.counts
+        slots = ptr[:-1, None] + jnp.arange(layout.max_count)
+        slots = jnp.where(slots < end[:, None], slots, layout.num_slots)
+        columns = layout.columns.at[slots].get(mode="fill", fill_value=layout.k)
         yield _Run(None if values is None else _rows_of(values, slots), columns, rows, True)
         return
     group = slot = 0
-    for groups, count in topology.known_segments:
+    for groups, count in layout.segments:
         end, last = slot + groups * count, group + groups
-        columns = topology.columns[slot:end].reshape(groups, count)
-        if topology.counts is not None and not topology.k_contiguous:
-            columns = jnp.where(jnp.arange(count) < topology.counts[group:last, None], columns, topology.k)
-        shape = (groups, v, count) if topology.k_contiguous else (groups, count, v)
+        columns = layout.columns[slot:end].reshape(groups, count)
+        sentinels = layout.sentinels
+        if layout.counts is not None and not layout.k_contiguous:  # padding may repeat a column
+            columns = jnp.where(jnp.arange(count) < layout.counts[group:last, None], columns, layout.k)
+            sentinels = True
+        shape = (groups, v, count) if layout.k_contiguous else (groups, count, v)
         segment = None if values is None else values[slot:end].reshape(shape)
-        yield _Run(segment, columns, rows[group:last], topology.sentinels)
+        yield _Run(segment, columns, rows[group:last], sentinels)
         group, slot = last, end
-
-
-def _arrange(slots: jax.Array, topology: Topology) -> jax.Array:
-    """Brings (P, V) from the order of the slots into the arrangement of the values."""
-    if not topology.k_contiguous:
-        return slots
-    v, start, parts = topology.group_size, 0, []
-    for groups, count in topology.known_segments or ():
-        part = slots[start : start + groups * count].reshape(groups, count, v)
-        parts.append(part.swapaxes(1, 2).reshape(-1, v))
-        start += groups * count
-    return jnp.concatenate(parts)
 
 
 def _rows_of(array: jax.Array, index: jax.Array, sentinels: bool = True) -> jax.Array:

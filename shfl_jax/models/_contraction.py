@@ -9,12 +9,12 @@ import jax.numpy as jnp
 from flax.linen.linear import canonicalize_padding
 
 import pallas_kernels
-from pallas_kernels import RowGrouped
+from pallas_kernels import Prepared, RowGrouped
 from shfl_jax._layers import LayerSpec
 
 
 def contract(
-    matrix: RowGrouped,
+    matrix: RowGrouped | Prepared,
     x: jax.Array,
     bias: jax.Array | None,
     spec: LayerSpec,
@@ -56,7 +56,7 @@ def contract(
     if x.size != k * math.prod(tokens):
         raise ValueError(f"{spec.path}: expected inputs with {k} features (M={m}), got {x.shape[x.ndim - len(axis) :]}")
 
-    def multiply(matrix: RowGrouped, x: jax.Array, bias: jax.Array | None) -> jax.Array:
+    def multiply(matrix: RowGrouped | Prepared, x: jax.Array, bias: jax.Array | None) -> jax.Array:
         return pallas_kernels.matmul(matrix, x, bias=bias, precision=precision)
 
     for _ in batch_dims:
@@ -67,7 +67,7 @@ def contract(
 
 
 def convolve(
-    matrix: RowGrouped,
+    matrix: RowGrouped | Prepared,
     x: jax.Array,
     bias: jax.Array | None,
     spec: LayerSpec,
@@ -153,7 +153,7 @@ def check_convolution(layer: Any, spec: LayerSpec) -> None:
         )
 
 
-def _check_stack(matrix: RowGrouped, spec: LayerSpec, batch_axes: int) -> None:
+def _check_stack(matrix: RowGrouped | Prepared, spec: LayerSpec, batch_axes: int) -> None:
     if matrix.values.ndim - 2 != batch_axes:
         raise ValueError(
             f"{spec.path}: a stack of matrices (values {matrix.values.shape}) reached a layer that runs "
@@ -166,7 +166,7 @@ def as_tuple(sizes: int | Sequence[int], length: int = 1) -> tuple[int, ...]:
     return (sizes,) * length if isinstance(sizes, int) else tuple(sizes)
 
 
-def moved_batch_axes(matrix: RowGrouped, spec: LayerSpec) -> RowGrouped:
+def moved_batch_axes(matrix: RowGrouped | Prepared, spec: LayerSpec) -> RowGrouped | Prepared:
     """Puts the leading axes of a stacked matrix where the kernel had them, for scan and vmap to slice.
 
     Raises:

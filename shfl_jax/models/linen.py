@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from pallas_kernels import RowGrouped
+from pallas_kernels import Prepared, RowGrouped
 from shfl_jax._layers import LayerSpec
 from shfl_jax._paths import path_leaves, update_paths
 from shfl_jax.models._axes import contraction_axes, split_arrays, tie_batch_axes
@@ -104,7 +104,7 @@ def apply(model: nn.Module, variables: Mapping[str, Any], *args: Any, **kwargs: 
 class _Kernel:
     """A compressed kernel where the model expects an array, so that scan and vmap slice all its arrays alike."""
 
-    matrix: RowGrouped
+    matrix: RowGrouped | Prepared
     spec: LayerSpec
 
 
@@ -130,7 +130,7 @@ def _run_compressed(call: Callable[..., Any], args: Any, kwargs: Any, context: n
     x, values, bias = module.promote_dtype(
         _input(*args, **kwargs), kernel.matrix.values, nn.meta.unbox(bias), dtype=module.dtype
     )
-    matrix = RowGrouped(values, kernel.matrix.topology)
+    matrix = dataclasses.replace(kernel.matrix, values=values)
     if conv:
         check_convolution(module, spec)
         return convolve(

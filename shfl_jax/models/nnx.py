@@ -7,7 +7,8 @@ import jax
 from flax import nnx
 from jax.typing import DTypeLike
 
-from pallas_kernels import RowGrouped
+import pallas_kernels
+from pallas_kernels import Prepared, RowGrouped
 from shfl_jax._layers import LayerSpec
 from shfl_jax._paths import path_leaves, update_paths
 from shfl_jax.models._axes import contraction_axes, split_arrays, tie_batch_axes
@@ -109,15 +110,15 @@ class _Sparse(nnx.Module):
 
     Attributes:
         kernel: `nnx.Param`, the values (P, V), with leading axes for stacked layers.
-        topology: `Topology`, a `pallas_kernels.Topology`.
+        topology: `Topology`, the integers of the matrix.
         bias: the layer's `nnx.Param`, or None.
         spec: the layer's `LayerSpec`.
     """
 
-    def __init__(self, layer: Any, matrix: RowGrouped, spec: LayerSpec) -> None:
+    def __init__(self, layer: Any, matrix: RowGrouped | Prepared, spec: LayerSpec) -> None:
         matrix = moved_batch_axes(matrix, spec)
         self.kernel = nnx.Param(matrix.values)
-        self.topology = Topology(matrix.topology)
+        self.topology = Topology(matrix.integers)
         self.bias = layer.bias
         self.spec = spec
         self.dtype = layer.dtype
@@ -125,19 +126,21 @@ class _Sparse(nnx.Module):
         self.promote_dtype = layer.promote_dtype
         self.preferred_element_type = layer.preferred_element_type
 
-    def _operands(self, inputs: jax.Array, out_sharding: Any) -> tuple[RowGrouped, jax.Array, jax.Array | None]:
+    def _operands(
+        self, inputs: jax.Array, out_sharding: Any
+    ) -> tuple[RowGrouped | Prepared, jax.Array, jax.Array | None]:
         """The matrix, the inputs and the bias in the dtype of the computation."""
         if out_sharding is not None or self.preferred_element_type is not None:
             raise NotImplementedError(f"{self.spec.path}: out_sharding and preferred_element_type need a dense kernel")
         bias = None if self.bias is None else self.bias[...]
         x, values, bias = self.promote_dtype((inputs, self.kernel[...], bias), dtype=self.dtype)
-        return RowGrouped(values, self.topology.get_value()), x, bias
+        return pallas_kernels.join(values, self.topology.get_value()), x, bias
 
 
 class SparseLinear(_Sparse):
     """An `nnx.Linear` or `nnx.LinearGeneral` with a compressed kernel; `sparsify` makes them."""
 
-    def __init__(self, layer: Any, matrix: RowGrouped, spec: LayerSpec) -> None:
+    def __init__(self, layer: Any, matrix: RowGrouped | Prepared, spec: LayerSpec) -> None:
         """Takes over a layer.
 
         Raises:
@@ -177,7 +180,7 @@ class SparseLinear(_Sparse):
 class SparseConv(_Sparse):
     """An `nnx.Conv` with a compressed kernel; `sparsify` makes them."""
 
-    def __init__(self, layer: nnx.Conv, matrix: RowGrouped, spec: LayerSpec) -> None:
+    def __init__(self, layer: nnx.Conv, matrix: RowGrouped | Prepared, spec: LayerSpec) -> None:
         """Takes over a layer.
 
         Raises:

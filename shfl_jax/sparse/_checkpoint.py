@@ -7,7 +7,6 @@
 A save writes new arrays first and then replaces the header in one step, so a save that stops leaves the old one valid.
 """
 
-import dataclasses
 import json
 import os
 import secrets
@@ -22,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
-from pallas_kernels import Topology, row_grouped
+from pallas_kernels import MatrixLayout, row_grouped
 from shfl_jax._paths import path_leaves
 from shfl_jax.sparse._compress import CompressedLayer, layers, matrices, nest
 from shfl_jax.sparse._serialization import decode_spec, encode_spec
@@ -50,17 +49,17 @@ def save(path: str | os.PathLike[str], sparse: Mapping[str, Any]) -> None:
     path = Path(path).absolute()
     found = layers(sparse)
     for name, layer in found.items():
-        if layer.topology is not None and not _is_canonical(layer.topology):
+        if isinstance(layer.topology, MatrixLayout):
             raise ValueError(
                 f"{name}: checkpoints hold the canonical form; save what `compress` returned, not `prepare`"
             )
     _check_place(path)
     collections = {name: path_leaves(tree) for name, tree in sparse.items() if name != "topology"}
     collections["topology"] = {
-        f"{name}/{field}": getattr(matrix.topology, field)
+        f"{name}/{field}": getattr(matrix.integers, field)
         for name, matrix in matrices(sparse).items()
         for field in _INTEGERS
-        if getattr(matrix.topology, field) is not None
+        if getattr(matrix.integers, field) is not None
     }
     arrays = {name: {key: np.asarray(leaf) for key, leaf in tree.items()} for name, tree in collections.items()}
     directory = f"arrays.{secrets.token_hex(8)}"
@@ -139,14 +138,6 @@ def load(path: str | os.PathLike[str]) -> dict[str, Any]:
         except (ValueError, KeyError, TypeError) as error:
             raise CheckpointError(f"{path}: layer {name!r} is damaged; save the model again ({error})") from error
     return {**trees, "topology": nest(topology)}
-
-
-def _is_canonical(topology: Topology) -> bool:
-    """Whether all fields that only `prepare` sets are at their defaults."""
-    if topology.pairs is not None and topology.pairs.dtype != jnp.uint8:
-        return False
-    optional = [field for field in dataclasses.fields(topology) if field.default is not dataclasses.MISSING]
-    return all(getattr(topology, field.name) is field.default for field in optional if field.name != "pairs")
 
 
 def _describe(layer: CompressedLayer) -> dict[str, Any]:

@@ -12,7 +12,7 @@ import numpy as np
 from jax.typing import DTypeLike
 
 import pallas_kernels
-from pallas_kernels import RowGrouped, Topology
+from pallas_kernels import MatrixLayout, Prepared, RowGrouped, Topology
 from shfl_jax._layers import LayerSpec
 from shfl_jax._paths import path_leaves, update_paths
 from shfl_jax.patterns import Mask
@@ -29,13 +29,14 @@ class CompressedLayer:
     """What compression knows of one layer; the leaf of the 'topology' tree at the path of its kernel.
 
     Attributes:
-        topology: the integers of its row-grouped matrix, with leading axes for a stacked layer; None if left dense.
+        topology: the integers of its row-grouped matrix, with leading axes for a stacked layer: a `Topology`, or once
+            prepared the layout of a backend; None if left dense.
         spec: its `LayerSpec`.
         dense_because: why the layer was left dense (masked), or "" if it is compressed.
         tokens: the token counts that `compress` was told to expect.
     """
 
-    topology: Topology | None
+    topology: Topology | MatrixLayout | None
     spec: LayerSpec
     dense_because: str = ""
     tokens: tuple[int, ...] = ()
@@ -152,11 +153,22 @@ def prepare(sparse: Mapping[str, Any], implementation: str | None = None) -> dic
         implementation: as in `pallas_kernels.matmul`.
 
     Returns:
-        The same structure, mathematically the same matrices. Do not save it: checkpoints hold the canonical form.
+        The same structure, mathematically the same matrices. It cannot be saved: checkpoints hold the canonical form.
+
+    Raises:
+        ValueError: this is no compressed model, or one that is prepared already.
+        NotImplementedError: the implementation asked for by name has no kernels for a layer; the text names it.
     """
-    prepared = {path: pallas_kernels.prepare(matrix, implementation) for path, matrix in matrices(sparse).items()}
+    prepared = {}
+    for path, matrix in matrices(sparse).items():
+        if isinstance(matrix, Prepared):
+            raise ValueError(f"{path}: the model is prepared already; prepare what `compress` or `load` returned")
+        try:
+            prepared[path] = pallas_kernels.prepare(matrix, implementation)
+        except NotImplementedError as error:
+            raise NotImplementedError(f"{path}: {error}") from error
     found = layers(sparse) | {
-        path: dataclasses.replace(layers(sparse)[path], topology=matrix.topology) for path, matrix in prepared.items()
+        path: dataclasses.replace(layers(sparse)[path], topology=matrix.layout) for path, matrix in prepared.items()
     }
     values = {path: matrix.values for path, matrix in prepared.items()}
     return {**sparse, "params": update_paths(sparse["params"], values), "topology": nest(found)}
@@ -173,8 +185,8 @@ def layers(sparse: Mapping[str, Any]) -> dict[str, CompressedLayer]:
     return path_leaves(sparse["topology"], is_leaf=lambda node: isinstance(node, CompressedLayer))
 
 
-def matrices(sparse: Mapping[str, Any]) -> dict[str, RowGrouped]:
-    """The compressed kernels: path -> `RowGrouped`, with leading axes for stacked layers.
+def matrices(sparse: Mapping[str, Any]) -> dict[str, RowGrouped | Prepared]:
+    """The compressed kernels: path -> `RowGrouped`, or `Prepared`, with leading axes for stacked layers.
 
     Raises:
         ValueError: this is no compressed model, or its two halves do not belong together.
@@ -184,7 +196,7 @@ def matrices(sparse: Mapping[str, Any]) -> dict[str, RowGrouped]:
         if path not in params:
             raise ValueError(f"'topology' has {path!r}, 'params' has not; pass both as `compress` returned them")
         if layer.topology is not None:
-            found[path] = RowGrouped(params[path], layer.topology)
+            found[path] = pallas_kernels.join(params[path], layer.topology)
     return found
 
 

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 import pallas_kernels
-from pallas_kernels import RowGrouped
+from pallas_kernels import Prepared, RowGrouped
 from shfl_jax._paths import path_leaves
 from shfl_jax.sparse._compress import CompressedLayer, layers, matrices
 
@@ -162,20 +162,19 @@ def _dense(path: str, layer: CompressedLayer, kernel: jax.Array) -> LayerReport:
     return LayerReport(path, layer.spec.pattern.name, batch, m, k, None, sparsity, "-", size, size, "dense", why)
 
 
-def _compressed(path: str, layer: CompressedLayer, matrix: RowGrouped) -> LayerReport:
-    topology, (m, k) = matrix.topology, matrix.shape
-    stored = topology.counts if topology.counts is not None else jnp.diff(topology.group_ptr, axis=-1)
-    counts = np.asarray(stored).reshape(-1, topology.num_groups)
-    rows = (np.asarray(topology.rows) < m).reshape(*counts.shape, topology.group_size).sum(-1)
+def _compressed(path: str, layer: CompressedLayer, matrix: RowGrouped | Prepared) -> LayerReport:
+    integers, (m, k) = matrix.integers, matrix.shape
+    counts = np.asarray(integers.real_counts).reshape(-1, integers.num_groups)
+    rows = (np.asarray(integers.rows) < m).reshape(*counts.shape, integers.group_size).sum(-1)
     dense = counts.shape[0] * m * k
-    equal, packed = (counts == counts[:, :1]).all(), topology.pairs is not None
+    equal, packed = (counts == counts[:, :1]).all(), integers.pairs is not None
     return LayerReport(
         path,
         layer.spec.pattern.name,
         counts.shape[0],
         m,
         k,
-        topology.group_size,
+        integers.group_size,
         1 - float((counts * rows).sum()) / dense / (2 if packed else 1),
         "equal" if equal else "ragged",
         matrix.nbytes,
@@ -185,7 +184,7 @@ def _compressed(path: str, layer: CompressedLayer, matrix: RowGrouped) -> LayerR
     )
 
 
-def _timed(matrix: RowGrouped, tokens: int) -> Timing:
+def _timed(matrix: RowGrouped | Prepared, tokens: int) -> Timing:
     from pallas_kernels import timing  # imports Mosaic GPU, which only measurements need
 
     x = jax.random.normal(jax.random.key(0), (tokens, matrix.shape[1]), matrix.dtype)

@@ -8,8 +8,10 @@ from typing import Any
 import jax
 from jax import export
 
-from pallas_kernels import RowGrouped, Topology
+from pallas_kernels import MatrixLayout, Prepared, RowGrouped, Topology
 from pallas_kernels._window import Window
+from pallas_kernels.gpu._layout import ConvLayout
+from pallas_kernels.xla._layout import CPULayout
 from shfl_jax._layers import LayerSpec
 from shfl_jax.patterns import Pattern
 from shfl_jax.sparse._compress import CompressedLayer
@@ -98,6 +100,6 @@ def _tuples(value: Any) -> Any:
     return tuple(map(_tuples, value)) if isinstance(value, list) else value
 
 
-_register(Topology, "Topology")
-_register(RowGrouped, "RowGrouped")
+for _kind in (Topology, RowGrouped, MatrixLayout, CPULayout, ConvLayout, Prepared):
+    _register(_kind, _kind.__name__)
 _register(CompressedLayer, "LayerTopology")  # its name when programs were first exported

@@ -15,7 +15,9 @@ import pallas_kernels as pk
 from pallas_kernels import _devices as devices
 from pallas_kernels import _window as windows
 from pallas_kernels import tune
-from pallas_kernels.triton import _conv as triton_conv
+from pallas_kernels._backend import Call
+from pallas_kernels._layout import as_prepared
+from pallas_kernels.triton._backend import Triton
 from pallas_kernels.triton._configs import Config
 from pallas_kernels.xla import _conv as xla_conv
 
@@ -125,7 +127,7 @@ def images(case, rng, dtype=np.float32):
 def value_and_gradients(matrix, x, bias, addend, dy, case, implementation):
     def run(values, x, bias, addend):
         return pk.conv2d(
-            pk.RowGrouped(values, matrix.topology), x, bias=bias, addend=addend, activation=case.activation,
+            pk.join(values, matrix.integers), x, bias=bias, addend=addend, activation=case.activation,
             implementation=implementation, **case.options,
         )  # fmt: skip
 
@@ -144,8 +146,8 @@ def check(case, implementation, matrix, dense, rng, dtype=jnp.float32, tolerance
         positive = (expected if dtype == jnp.float32 else np.asarray(y)) > 0
         dy, expected = dy * positive, np.maximum(expected, 0)
     dw, *others = reference(case, dense, x, bias, dy)
-    stored = np.asarray(pk.to_dense(pk.RowGrouped(jnp.ones_like(dvalues), matrix.topology)), np.float64)
-    spread = np.asarray(pk.to_dense(pk.RowGrouped(dvalues, matrix.topology)), np.float64)
+    stored = np.asarray(pk.to_dense(pk.join(jnp.ones_like(dvalues), matrix.integers)), np.float64)
+    spread = np.asarray(pk.to_dense(pk.join(dvalues, matrix.integers)), np.float64)
     for found, wanted in zip((y, spread, dx, dbias, daddend), (expected, dw * stored, *others, dy), strict=True):
         wanted = np.asarray(wanted)
         assert found.shape == wanted.shape
@@ -213,8 +215,8 @@ def test_what_is_not_finite_and_unused_never_leaks(implementation):
     rows[rng.permutation(32)[:30]] = rng.permutation(30)
     weight = np.where(kept.any(0), rng.standard_normal((30, 36)), np.nan).astype(np.float32)
     matrix = pk.from_dense(weight, rows, kept)
-    sentinels = np.repeat(rows.reshape(2, 16) == 30, np.diff(matrix.topology.group_ptr), axis=0)
-    matrix = pk.RowGrouped(jnp.where(sentinels, jnp.inf, matrix.values), matrix.topology)
+    sentinels = np.repeat(rows.reshape(2, 16) == 30, np.diff(matrix.integers.group_ptr), axis=0)
+    matrix = pk.join(jnp.where(sentinels, jnp.inf, matrix.values), matrix.integers)
     group = np.empty(30, int)
     group[rows[rows < 30]] = np.flatnonzero(rows < 30) // 16
     dense = np.where(kept[group], weight, 0).reshape(30, 3, 3, 4)
@@ -232,7 +234,7 @@ def test_xla_takes_a_group_without_columns_as_triton_prepared_it():
     case, rng = Case((3, 3), channels=4, m=32, image=(5, 6)), np.random.default_rng(8)
     matrix, dense = make(case)
     prepared = pk.prepare(matrix, "triton")
-    assert prepared.topology.segments[-1] == (1, 0)
+    assert prepared.integers.segments[-1] == (1, 0)
     x, bias = images(case, rng), jnp.zeros(32)
     y = pk.conv2d(prepared, x, bias=bias, implementation="xla", **case.options)
     np.testing.assert_allclose(y, reference(case, dense, x, bias), rtol=1e-4, atol=1e-5)
@@ -287,7 +289,7 @@ def test_the_implicit_matrix_is_never_made():
     filters = tune.random_matrix(256, 9 * 128, 0.75, 64)
     x = jax.ShapeDtypeStruct((128, 28, 28, 16), jnp.bfloat16)
     grad = jax.grad(lambda v, x: pk.conv2d(
-        pk.RowGrouped(v, filters.topology), x, kernel_size=(3, 3), implementation="xla"
+        pk.join(v, filters.integers), x, kernel_size=(3, 3), implementation="xla"
     ).astype(jnp.float32).sum(), (0, 1))  # fmt: skip
     jaxpr = jax.make_jaxpr(lambda v, x: grad(v, x))(filters.values, x)
     assert max(sizes(jaxpr.jaxpr)) < 9 * x.size / 3
@@ -315,16 +317,22 @@ def test_configs_lower_for_cuda_and_compute_the_same(config, equal):
     case = Case((3, 3), strides=2, channels=8, m=64, image=(9, 7), batch=4)
     small = dataclasses.replace(config, block_tokens=32, block_k=16)
     for window in (case.window, dataclasses.replace(case.window, padding=((0, 0), (0, 0)))):
-        forward = functools.partial(triton_conv.forward, window=window, activation=None, precision=None)
+        call = Call(window=window)
+
+        def forward(matrix, x, bias, config, call=call):
+            return Triton().forward(call, as_prepared(matrix), x, bias, None, config)
+
+        def gradient(matrix, x, dy, call=call):
+            return Triton().grad_values(call, as_prepared(matrix).layout, x, dy, config)
+
         x = images(case, np.random.default_rng(8))
         half, bias = jax.tree.map(lambda a: a.astype(jnp.bfloat16), (matrix, x)), jnp.zeros(64, jnp.bfloat16)
-        half = (pk.RowGrouped(half[0].values, matrix.topology), half[1])
+        half = (pk.join(half[0].values, matrix.integers), half[1])
         text = lower(functools.partial(forward, config=config), *half, bias).as_text()
         assert "xla.gpu.triton" in text
         assert "row_grouped_conv" in text
         dy = jnp.zeros((64, window.outputs[0] * window.outputs[1] * 4), jnp.bfloat16)
-        gradient = functools.partial(triton_conv.grad_values, window=window, precision=None, config=config)
-        assert "xla.gpu.triton" in lower(gradient, matrix.topology, half[1], dy).as_text()
+        assert "xla.gpu.triton" in lower(gradient, matrix, half[1], dy).as_text()
         if window.is_padded:
             y = jax.jit(functools.partial(forward, config=small))(matrix, x, None)
             wanted = xla_conv.dense(pk.to_dense(matrix), x, window).reshape(64, -1)

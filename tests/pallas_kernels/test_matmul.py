@@ -11,7 +11,8 @@ from jax import export, lax
 from jax.test_util import check_grads
 
 import pallas_kernels as pk
-from pallas_kernels.triton import _tiles as triton_tiles
+from pallas_kernels._backend import BACKENDS, Problem
+from pallas_kernels._layout import as_prepared
 
 IMPLEMENTATIONS = ["xla", "triton"]
 # What runs interpreted, which is slow: everything on prepared matrices but for these, canonical ones forwards only.
@@ -67,11 +68,9 @@ def arrange(request, implementation):
 
 
 def skip_unless_able(matrix, implementation):
-    if implementation == "triton":
-        try:
-            triton_tiles.check(matrix.topology, matrix.dtype)
-        except NotImplementedError as error:
-            pytest.skip(str(error))
+    layout = as_prepared(matrix).layout
+    if reasons := BACKENDS[implementation].why_not(Problem.of_layout("forward", layout, 16, matrix.dtype)):
+        pytest.skip(f"{implementation}: {'; '.join(reasons)}")
 
 
 def random_kept(rng, r, k, counts):
@@ -197,7 +196,7 @@ def test_dtypes_are_promoted(implementation):
     matrix, dense = make(20, 12, 16)
     x = activations(np.random.default_rng(4), 12, (5,), "token_major", jnp.bfloat16)
     y, pull = jax.vjp(
-        lambda values, x: pk.matmul(pk.RowGrouped(values, matrix.topology), x, implementation=implementation),
+        lambda values, x: pk.matmul(pk.join(values, matrix.integers), x, implementation=implementation),
         matrix.values,
         x,
     )
@@ -231,7 +230,7 @@ def test_gradients(implementation, arrange, layout, m, v, counts, activation, dt
     @jax.jit
     def gradients(matrix, x, bias, dy):
         def sparse(values, x, bias):
-            w = pk.RowGrouped(values, matrix.topology)
+            w = pk.join(values, matrix.integers)
             return pk.matmul(w, x, bias=bias, activation=activation, layout=layout, implementation=implementation)
 
         return jax.vjp(sparse, matrix.values, x, bias)[1](dy)
@@ -246,8 +245,8 @@ def test_gradients(implementation, arrange, layout, m, v, counts, activation, dt
     ref_dense, ref_x, ref_bias = numpy_gradients(dense, x, bias, dy, activation, layout)
     assert_as_good_as_dense(dx, own_x, ref_x, dtype)
     assert_as_good_as_dense(dbias, own_bias, ref_bias, dtype)
-    stored = np.asarray(to_dense(pk.RowGrouped(jnp.ones_like(matrix.values), matrix.topology)), np.float64)
-    spread = np.asarray(to_dense(pk.RowGrouped(dvalues, matrix.topology)), np.float64)
+    stored = np.asarray(to_dense(pk.join(jnp.ones_like(matrix.values), matrix.integers)), np.float64)
+    spread = np.asarray(to_dense(pk.join(dvalues, matrix.integers)), np.float64)
     assert_as_good_as_dense(spread, np.asarray(own_dense, np.float64) * stored, ref_dense * stored, dtype)
     # What `to_dense` does not read, padding and sentinel rows, has no gradient.
     assert np.count_nonzero(np.asarray(dvalues, np.float64)) == np.count_nonzero(spread)
@@ -273,7 +272,7 @@ def test_gradients_by_finite_differences(implementation, arrange, activation):
 
     @jax.jit
     def f(values, x, bias):
-        w = pk.RowGrouped(values, matrix.topology)
+        w = pk.join(values, matrix.integers)
         return pk.matmul(w, x, bias=bias, activation=activation, implementation=implementation).sum()
 
     # Padding is kept at zero: its gradient is zero by contract, whatever a probe there would do to the output.
@@ -303,14 +302,14 @@ def test_what_is_not_finite_and_unused_never_leaks(implementation, arrange, layo
     weight = rng.standard_normal((m, k)).astype(np.float32)
     weight[:, unused] = bad
     matrix = pk.from_dense(weight, rows, kept)
-    sentinels = np.repeat(rows.reshape(4, v) == m, np.diff(matrix.topology.group_ptr), axis=0)
-    matrix = arrange(pk.RowGrouped(jnp.where(sentinels, bad, matrix.values), matrix.topology))
+    sentinels = np.repeat(rows.reshape(4, v) == m, np.diff(matrix.integers.group_ptr), axis=0)
+    matrix = arrange(pk.join(jnp.where(sentinels, bad, matrix.values), matrix.integers))
     x = np.array(activations(rng, k, (5,), "feature_major"))
     x[unused] = bad
     x = x if layout == "feature_major" else x.T
 
     def run(values, x):
-        return pk.matmul(pk.RowGrouped(values, matrix.topology), x, layout=layout, implementation=implementation)
+        return pk.matmul(pk.join(values, matrix.integers), x, layout=layout, implementation=implementation)
 
     @jax.jit
     def run_and_pull(values, x):
@@ -360,12 +359,12 @@ def test_vmap_and_scan_over_a_stacked_matrix(implementation, arrange, layout, co
     np.testing.assert_allclose(scanned, expected, rtol=1e-4, atol=1e-5)
 
     def loss(values, xs):
-        return jnp.square(jax.vmap(run)(pk.RowGrouped(values, matrix.topology), xs)).sum()
+        return jnp.square(jax.vmap(run)(pk.join(values, matrix.integers), xs)).sum()
 
     dvalues, dxs = jax.jit(jax.grad(loss, (0, 1)))(matrix.values, xs)
     for i, (d, x) in enumerate(zip(dense, xs, strict=True)):
         x64 = np.asarray(x, np.float64) if layout == "feature_major" else np.asarray(x, np.float64).T
-        one = jax.tree.map(lambda a, i=i: a[i], pk.RowGrouped(dvalues, matrix.topology))
+        one = jax.tree.map(lambda a, i=i: a[i], pk.join(dvalues, matrix.integers))
         np.testing.assert_allclose(to_dense(one), 2 * d @ x64 @ x64.T * (d != 0), rtol=1e-3, atol=1e-4)
         dx = 2 * d.T @ (d @ x64)
         np.testing.assert_allclose(dxs[i], dx if layout == "feature_major" else dx.T, rtol=1e-3, atol=1e-4)
@@ -416,7 +415,7 @@ def test_export_round_trip(implementation, arrange):
     x = activations(np.random.default_rng(12), 30, (8,), "token_major")
     run = jax.jit(
         lambda values, x: pk.matmul(
-            pk.RowGrouped(values, matrix.topology), x, activation="relu", implementation=implementation
+            pk.join(values, matrix.integers), x, activation="relu", implementation=implementation
         )
     )
     # JAX promises no stability of this call's format, so it lets it pass on request only.
@@ -447,9 +446,7 @@ def test_the_gradient_of_values_makes_no_dense_weight(implementation, arrange):
     matrix, _ = make(m, k, 64, "equal")
     matrix = arrange(matrix)
     x = activations(np.random.default_rng(14), k, (n,), "token_major")
-    grad = jax.grad(
-        lambda values: pk.matmul(pk.RowGrouped(values, matrix.topology), x, implementation=implementation).sum()
-    )
+    grad = jax.grad(lambda values: pk.matmul(pk.join(values, matrix.integers), x, implementation=implementation).sum())
     text = str(jax.make_jaxpr(grad)(matrix.values))
     assert f"f32[{m},{k}]" not in text.replace(" ", "")
     sizes = [eqn_size for eqn_size in _sizes(jax.make_jaxpr(grad)(matrix.values).jaxpr)]
@@ -521,7 +518,7 @@ def test_errors(implementation):
     with pytest.raises(ValueError, match=r"implementation must be None or one of"):
         pk.prepare(matrix, "cuda")
     with pytest.raises(ValueError, match=r"values must have shape .*to fit their topology"):
-        pk.matmul(pk.RowGrouped(matrix.values[:-1], matrix.topology), x, implementation=implementation)
+        pk.matmul(pk.join(matrix.values[:-1], matrix.integers), x, implementation=implementation)
     with pytest.raises(ValueError, match=r"stacked matrix"):
         pk.matmul(stacked()[0], jnp.ones((4, 20)), implementation=implementation)
 

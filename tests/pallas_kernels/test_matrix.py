@@ -1,7 +1,5 @@
 """The row-grouped storage: round trips bit for bit, and what its constructor refuses."""
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,14 +8,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import pallas_kernels as pk
-from pallas_kernels._matrix import inverse_rows, slot_groups, slot_is_real
+from pallas_kernels._layout import as_prepared, canonical_layout, inverse_rows, slot_groups, slot_is_real
 
 to_dense = jax.jit(pk.to_dense)
 
 
 def numpy_dense(matrix):
     """Decompresses by loops over the arrays, slot by slot."""
-    topology, dense = matrix.topology, np.zeros(matrix.shape, matrix.dtype)
+    topology, dense = matrix.integers, np.zeros(matrix.shape, matrix.dtype)
     ptr, columns, rows = (np.asarray(a) for a in (topology.group_ptr, topology.columns, topology.rows))
     for group, row in enumerate(rows.reshape(-1, topology.group_size)):
         live = row < topology.m
@@ -47,10 +45,10 @@ def test_compressing_and_decompressing_keeps_every_bit(case):
     group = np.argsort(rows, kind="stable")[: len(weight)] // (len(rows) // len(kept))
     expected = np.where(kept[group], weight, np.float32(0))
     np.testing.assert_array_equal(numpy_dense(matrix).view(np.uint32), expected.view(np.uint32))
-    np.testing.assert_array_equal(np.asarray(matrix.topology.group_ptr), np.cumsum([0, *kept.sum(1)]))
+    np.testing.assert_array_equal(np.asarray(matrix.integers.group_ptr), np.cumsum([0, *kept.sum(1)]))
     again = pk.row_grouped(
         matrix.values,
-        *(getattr(matrix.topology, name) for name in ("columns", "group_ptr", "rows")),
+        *(getattr(matrix.integers, name) for name in ("columns", "group_ptr", "rows")),
         m=len(weight),
         k=kept.shape[1],
     )
@@ -64,10 +62,12 @@ def test_to_dense_on_the_device_keeps_every_bit(case):
     for form in (matrix, pk.prepare(matrix, "xla")):
         bits = np.asarray(to_dense(form)).view(np.uint32)
         np.testing.assert_array_equal(bits, numpy_dense(matrix).view(np.uint32))
-        lengths = np.diff(form.topology.group_ptr)
-        np.testing.assert_array_equal(slot_groups(form.topology), np.repeat(np.arange(len(lengths)), lengths))
-    np.testing.assert_array_equal(np.asarray(slot_groups(matrix.topology)), np.nonzero(case[2])[0])
-    positions = np.asarray(inverse_rows(matrix.topology))
+        lengths = np.diff(form.integers.group_ptr)
+        np.testing.assert_array_equal(
+            slot_groups(as_prepared(form).layout), np.repeat(np.arange(len(lengths)), lengths)
+        )
+    np.testing.assert_array_equal(np.asarray(slot_groups(as_prepared(matrix).layout)), np.nonzero(case[2])[0])
+    positions = np.asarray(inverse_rows(as_prepared(matrix).layout))
     np.testing.assert_array_equal(case[1][positions], np.arange(len(case[0])))
 
 
@@ -85,12 +85,12 @@ def test_equal_counts_show_in_the_shapes():
     kept = np.zeros((2, 2, 6), bool)
     kept[0, :, :3] = kept[1, 0, :3] = True
     ragged = pk.from_dense(weight, rows, kept)  # slice 0 fills every slot, slice 1 does not
-    assert ragged.topology.known_segments is None
+    assert canonical_layout(ragged.topology).segments is None
     for b in range(2):
         one = jax.tree.map(lambda a, b=b: a[b], ragged)
         np.testing.assert_array_equal(to_dense(one), kept[b][np.arange(4) // 2])
     kept[1, 1, 3:] = True
-    assert pk.from_dense(weight, rows, kept).topology.known_segments == ((2, 3),)
+    assert canonical_layout(pk.from_dense(weight, rows, kept).topology).segments == ((2, 3),)
     ragged_rows = {"columns": [0, 1, 0, 1], "group_ptr": [0, 2, 4]}, {"columns": [0, 1, 0, 2], "group_ptr": [0, 2, 3]}
     arrays = {name: np.array([a[name] for a in ragged_rows], np.int32) for name in ("columns", "group_ptr")}
     with pytest.raises(ValueError, match="4 slots say that all segments are of length 2"):
@@ -100,13 +100,13 @@ def test_equal_counts_show_in_the_shapes():
 def test_padding_of_a_prepared_matrix_is_no_weight():
     kept = np.zeros((3, 8), bool)
     kept[0, :5] = kept[1, :4] = True
-    triton = pk.prepare(pk.from_dense(np.ones((48, 8)), np.arange(48, dtype=np.int32), kept), "triton").topology
+    triton = pk.prepare(pk.from_dense(np.ones((48, 8)), np.arange(48, dtype=np.int32), kept), "triton").layout
     assert triton.segments == ((2, 64), (1, 0))
     np.testing.assert_array_equal(slot_groups(triton), np.repeat([0, 1], 64))
     assert int(slot_is_real(triton).sum()) == 9
     matrix = pk.prepare(pk.from_dense(np.ones((6, 8), np.float32), np.arange(6, dtype=np.int32), kept), "xla")
-    assert int(slot_is_real(matrix.topology).sum()) == 9
-    assert (np.asarray(matrix.topology.columns)[~np.asarray(slot_is_real(matrix.topology))] == 8).all()
+    assert int(slot_is_real(matrix.integers).sum()) == 9
+    assert (np.asarray(matrix.integers.columns)[~np.asarray(slot_is_real(matrix.integers))] == 8).all()
 
 
 def arrays():
@@ -176,6 +176,5 @@ def test_sizes():
     matrix = pk.row_grouped(**arrays())
     assert matrix.shape == (3, 4)
     assert matrix.nbytes == 4 * (6 + 3 + 3 + 4)
-    assert (matrix.topology.num_groups, matrix.topology.num_slots, matrix.topology.max_count) == (2, 3, 2)
-    assert not matrix.topology.equal_counts
-    assert dataclasses.replace(matrix.topology, segments=((2, 2),)).known_segments == ((2, 2),)
+    assert (matrix.integers.num_groups, matrix.integers.num_slots, matrix.integers.max_count) == (2, 3, 2)
+    assert not matrix.integers.equal_counts

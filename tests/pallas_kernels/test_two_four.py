@@ -52,10 +52,10 @@ def pack(rng, weight, rows, kept):
 def packed_make(m, k, v, counts="ragged", seed=0, dtype=np.float32, spread=False):
     rng = np.random.default_rng([seed, m, k, v])
     plain, dense = suite.plain_make(m, k, v, counts, seed, dtype, spread)
-    rows, ptr = np.asarray(plain.topology.rows), np.asarray(plain.topology.group_ptr)
+    rows, ptr = np.asarray(plain.integers.rows), np.asarray(plain.integers.group_ptr)
     kept = np.zeros((len(ptr) - 1, k), bool)
     for group in range(len(kept)):
-        kept[group, np.asarray(plain.topology.columns)[ptr[group] : ptr[group + 1]]] = True
+        kept[group, np.asarray(plain.integers.columns)[ptr[group] : ptr[group + 1]]] = True
     order, choice = pack(rng, dense, rows, kept)
     dense = np.where(choice, dense, 0)
     return pk.from_dense_two_four(np.asarray(jnp.asarray(dense, dtype)), rows, order, choice), dense
@@ -101,7 +101,7 @@ def test_what_is_not_finite_and_unused_never_leaks(implementation, arrange, layo
     x = x if layout == "feature_major" else x.T
 
     def run(values, x):
-        matrix_of = pk.RowGrouped(values, matrix.topology)
+        matrix_of = pk.join(values, matrix.integers)
         return pk.matmul(matrix_of, x, layout=layout, implementation=implementation)
 
     y, pull = jax.vjp(run, matrix.values, jnp.asarray(x))
@@ -132,17 +132,17 @@ def test_round_trips_bit_for_bit(m, k, v, seed, dtype):
     weight[rng.random((m, k)) < 0.1] = np.nan
     weight = np.asarray(jnp.asarray(weight, dtype))
     matrix = pk.from_dense_two_four(weight, rows, order, choice)
-    assert matrix.values.shape == (matrix.topology.num_slots // 2, v)
-    assert matrix.topology.pairs.shape == (-(-matrix.topology.num_slots // 8), v)
+    assert matrix.values.shape == (matrix.integers.num_slots // 2, v)
+    assert matrix.integers.pairs.shape == (-(-matrix.integers.num_slots // 8), v)
     back = np.asarray(jax.jit(pk.to_dense)(matrix))
     assert back.dtype == weight.dtype
     bits = np.uint32 if dtype == "float32" else np.uint16
     np.testing.assert_array_equal(back.view(bits), np.where(choice, weight, np.zeros_like(weight)).view(bits))
     checked = pk.row_grouped(
-        matrix.values, matrix.topology.columns, matrix.topology.group_ptr, matrix.topology.rows, matrix.topology.pairs,
+        matrix.values, matrix.integers.columns, matrix.integers.group_ptr, matrix.integers.rows, matrix.integers.pairs,
         m=m, k=k,
     )  # fmt: skip
-    assert checked.topology.max_count == matrix.topology.max_count
+    assert checked.topology.max_count == matrix.integers.max_count
 
 
 @settings(max_examples=30, deadline=None)
@@ -174,7 +174,7 @@ def test_a_quarter_of_the_weights_takes_at_most_30_percent_of_the_bytes():
 
 def broken(**changes):
     matrix, _ = packed_make(32, 20, 16, (8, 7))
-    t = matrix.topology
+    t = matrix.integers
     parts = {"values": matrix.values, "columns": t.columns, "group_ptr": t.group_ptr, "rows": t.rows, "pairs": t.pairs}
     parts = {name: np.array(part) for name, part in parts.items()}
     for name, change in changes.items():

@@ -15,18 +15,18 @@ from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
 import pallas_kernels as pk
 from pallas_kernels import _window as windows
 from pallas_kernels import tune
-from pallas_kernels._matrix import to_dense
-from pallas_kernels._tables import Problem
+from pallas_kernels._backend import Call, Problem, choose
+from pallas_kernels._devices import GPU
+from pallas_kernels._layout import as_prepared, to_dense
 from pallas_kernels.gpu import _layout as layout
-from pallas_kernels.mosaic import _conv as mosaic_gpu_conv
+from pallas_kernels.mosaic import _configs as configs
 from pallas_kernels.mosaic import _forward as kernel
-from pallas_kernels.mosaic import _grad as mosaic_gpu_grad
-from pallas_kernels.mosaic import _matmul as mosaic_gpu
 from pallas_kernels.mosaic import _ptx as ptx
-from pallas_kernels.mosaic._support import GROUP_SIZES
-from pallas_kernels.triton import _tiles as triton_tiles
+from pallas_kernels.mosaic._backend import Mosaic
+from pallas_kernels.mosaic._configs import GROUP_SIZES, Config
 
-Config = kernel.Config
+MOSAIC = Mosaic()
+H200 = GPU("NVIDIA H200")
 
 # Preparing for this backend is preparing for Triton, whose end Pallas announces at every lowering.
 pytestmark = pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated")
@@ -50,8 +50,17 @@ def lower(function, *args, kind="NVIDIA H200"):
         return jax.jit(function).trace(*args).lower(lowering_platforms=("cuda",)).as_text()
 
 
-def forward(config=None, activation=None, layout="feature_major"):
-    return functools.partial(mosaic_gpu.forward, activation=activation, layout=layout, precision=None, config=config)
+def forward(config=None, activation=None, layout="feature_major", window=None):
+    call = Call(activation, layout, window=window)
+
+    def run(matrix, x, bias=None, addend=None):
+        return MOSAIC.forward(call, as_prepared(matrix), x, bias, addend, config)
+
+    return run
+
+
+def grad_values(config=None, layout="feature_major"):
+    return lambda matrix, x, dy: MOSAIC.grad_values(Call(layout=layout), as_prepared(matrix).layout, x, dy, config)
 
 
 def test_kernels_have_names_in_profiles():
@@ -60,11 +69,9 @@ def test_kernels_have_names_in_profiles():
     window = windows.window((4, 4), 8, (3, 3), 1, "SAME", 1)
     filters, images = tune.random_matrix(64, 72, 0.5, 64), jnp.zeros((8, 4, 4, 32), jnp.bfloat16)
     filters = pk.prepare(filters, "mosaic_gpu", window)
-    convolution = functools.partial(mosaic_gpu_conv.forward, window=window, activation=None, precision=None)
-    assert "row_grouped_conv" in lower(convolution, filters, images, None)
-    topology, dy = tune.random_matrix(256, 512, 0.75, 128).topology, jnp.zeros((256, 512), jnp.bfloat16)
-    gradient = functools.partial(mosaic_gpu.grad_values, topology, layout="feature_major", precision=None)
-    assert "row_grouped_grad_values" in lower(gradient, jnp.zeros((512, 512), jnp.bfloat16), dy)
+    assert "row_grouped_conv" in lower(forward(window=window), filters, images)
+    matrix, dy = tune.random_matrix(256, 512, 0.75, 128), jnp.zeros((256, 512), jnp.bfloat16)
+    assert "row_grouped_grad_values" in lower(grad_values(), matrix, jnp.zeros((512, 512), jnp.bfloat16), dy)
 
 
 def operands(v, dtype="bfloat16", m=300, k=200, n=520, sparsity=0.5, equal=False):
@@ -78,7 +85,7 @@ def operands(v, dtype="bfloat16", m=300, k=200, n=520, sparsity=0.5, equal=False
 def test_every_config_of_the_search_space_lowers_for_cuda(op, v):
     matrix = tune.random_matrix(2 * v, 200, 0.36, v)  # 128 slots a group
     x, dy = jnp.zeros((200, 512), jnp.bfloat16), jnp.zeros((2 * v, 512), jnp.bfloat16)
-    space = mosaic_gpu.search_space(triton_tiles.problem(op, matrix.topology, x))
+    space = MOSAIC.configs(Problem.of_layout(op, as_prepared(matrix).layout, 512, x.dtype), H200)
     assert space
     for config in dict.fromkeys([*space, *(CONFIGS[v] if op == "forward" else [])]):
         assert "mosaic_gpu" in lower(tune.product(op, config, "mosaic_gpu"), matrix, x, dy), config
@@ -90,18 +97,16 @@ def test_every_config_for_convolutions_lowers_for_cuda(v):
     filters = pk.prepare(tune.random_matrix(2 * v, window.features, 0.5, v, dtype="bfloat16"), "mosaic_gpu", window)
     shapes = {64: [(128, 8), (256, 5), (512, 3)], 128: [(128, 6), (256, 4)], 256: [(128, 4)]}[v]
     split = "tokens" if v == 64 else "rows"
-    with gpu_mesh():
-        heuristic = mosaic_gpu_conv.heuristic(filters.topology, window, 24)
+    n = 24 * window.output_pixels
+    heuristic = MOSAIC.config(Problem.of_layout("forward", filters.layout, n, "bfloat16", window), H200)
     space = [
         Config(block_tokens=tokens, stages=stages, ahead=2, split=split, band=b)
         for tokens, stages in shapes
         for b in (1, 4)
     ]
     for config in dict.fromkeys([heuristic, *space]):
-        call = functools.partial(
-            mosaic_gpu_conv.forward, bias=None, window=window, activation=None, precision=None, config=config
-        )
-        assert "mosaic_gpu" in lower(call, filters, jnp.zeros((16, 9, 7, 24), jnp.bfloat16)), config
+        images = jnp.zeros((16, 9, 7, 24), jnp.bfloat16)
+        assert "mosaic_gpu" in lower(forward(config, window=window), filters, images), config
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
@@ -120,7 +125,7 @@ def test_dtypes_and_epilogues_lower_for_cuda(dtype, activation):
 def test_convolutions_lower_for_cuda(size):
     window = windows.window((9, 7), 8, (size, size), 2, "SAME", 1)
     matrix, _, bias = operands(64, k=window.features)
-    call = functools.partial(mosaic_gpu_conv.forward, window=window, activation="relu", precision=None)
+    call = forward(activation="relu", window=window)
     x = jnp.zeros((8, 9, 7, 16), jnp.bfloat16)
     text = lower(call, matrix, x, bias)
     assert "mosaic_gpu" in text
@@ -134,8 +139,9 @@ def test_convolutions_lower_for_cuda(size):
         pk.prepare(filters, "mosaic_gpu", dataclasses.replace(window, channels=9))
     with pytest.raises(ValueError, match="prepared already"):
         pk.prepare(matrix, "mosaic_gpu", window)
+    by_name = functools.partial(pk.conv2d, kernel_size=(size, size), strides=2, implementation="mosaic_gpu")
     with gpu_mesh(), pytest.raises(NotImplementedError, match="multiples of 8, got 12"):
-        call(matrix, jnp.zeros((8, 9, 7, 12), jnp.bfloat16), bias)
+        jax.eval_shape(by_name, matrix, jnp.zeros((8, 9, 7, 12), jnp.bfloat16))
 
 
 def test_by_name_gradients_and_vmap_lower_for_cuda():
@@ -159,31 +165,38 @@ def test_the_default_takes_it_where_every_multiprocessor_has_a_tile(m, n, taken)
     (1024, 512, 4096, True), (64, 512, 4096, False), (1024, 520, 4096, False), (1024, 512, 4000, False),
 ])  # fmt: skip
 def test_dvalues_take_it_where_every_multiprocessor_has_a_tile(count, n, m, taken):
-    topology = tune.random_matrix(m, 1024, 1 - count / 1024, 128).topology
     x, dy = jnp.zeros((1024, n), jnp.bfloat16), jnp.zeros((m, n), jnp.bfloat16)
-    for major in ("feature_major", "token_major"):
-        args = (x, dy) if major == "feature_major" else (x.T, dy.T)
-        text = lower(functools.partial(mosaic_gpu.grad_values, topology, layout=major, precision=None), *args)
-        assert ("mosaic_gpu" in text) == taken
-        assert ("xla.gpu.triton" in text) != taken
-    ragged = tune.random_matrix(m, 1024, 0.5, 128, equal=False).topology
-    text = lower(functools.partial(mosaic_gpu.grad_values, ragged, layout="feature_major", precision=None), x, dy)
-    assert "xla.gpu.triton" in text
-    config = mosaic_gpu_grad.Config()
-    with gpu_mesh(), pytest.raises(NotImplementedError, match="equal counts"):
-        mosaic_gpu.grad_values(ragged, x, dy, layout="feature_major", precision=None, config=config)
+
+    def pull(layout, matrix, x, dy):
+        call = functools.partial(pk.matmul, layout=layout, implementation="triton" if n == 0 else None)
+        return jax.vjp(lambda values: call(pk.join(values, matrix.integers), x), matrix.values)[1](dy)
+
+    matrix = tune.random_matrix(m, 1024, 1 - count / 1024, 128)
+    for layout in ("feature_major", "token_major"):
+        args = (x, dy) if layout == "feature_major" else (x.T, dy.T)
+        text = lower(functools.partial(pull, layout), matrix, *args)
+        assert (
+            "row_grouped_grad_values" in text and "mosaic_gpu" in kernel_of(text, "row_grouped_grad_values")
+        ) == taken
+    ragged = tune.random_matrix(m, 1024, 0.5, 128, equal=False)
+    assert "mosaic_gpu" not in kernel_of(lower(functools.partial(pull, "feature_major"), ragged, x, dy), "grad_values")
+    problem = Problem.of_layout("grad_values", as_prepared(ragged).layout, 512, x.dtype)
+    assert any("equal counts" in reason for reason in MOSAIC.why_not(problem))
+
+
+def kernel_of(text, name):
+    """The lines of a lowered program that call the kernel of a name."""
+    return "\n".join(line for line in text.splitlines() if name in line)
 
 
 def test_dvalues_of_other_dtypes_are_not_its_own():
-    topology = tune.random_matrix(4096, 1024, 0.0, 128).topology
     for dtype, taken in (("bfloat16", True), ("float64", False), ("float8_e4m3fn", False)):
-        problem = Problem("grad_values", 4096, 1024, 512, topology.num_slots, 128, dtype)
-        with gpu_mesh():
-            assert (mosaic_gpu._config_of_values(topology, problem) is not None) == taken
+        problem = Problem("grad_values", 4096, 1024, 512, 32 * 1024, 128, dtype)
+        assert (choose(problem, [MOSAIC], H200) is not None) == taken
 
 
 @pytest.mark.parametrize(("change", "n", "kind", "match"), [
-    ({"group_size": 32}, 520, "NVIDIA H200", "groups of"),
+    ({"group_size": 32}, 520, "NVIDIA H200", "groups have 64, 128, 256 rows"),
     ({}, 523, "NVIDIA H200", "multiples of 8"),
     ({}, 64, "NVIDIA H200", "more than 256"),
     ({}, 520, "NVIDIA A100-SXM4-40GB", "Hopper"),
@@ -199,7 +212,9 @@ def test_what_the_kernel_cannot_do_falls_through(change, n, kind, match):
 
 def test_what_is_not_arranged_for_it_falls_through():
     with gpu_mesh(), pytest.raises(NotImplementedError, match="prepare"):
-        forward()(tune.random_matrix(256, 200, 0.5, 128, equal=False), jnp.zeros((200, 520), jnp.bfloat16), None)
+        forward(Config())(
+            tune.random_matrix(256, 200, 0.5, 128, equal=False), jnp.zeros((200, 520), jnp.bfloat16), None
+        )
     with gpu_mesh(), pytest.raises(NotImplementedError, match="shared memory"):
         forward(Config(stages=8))(*operands(128))
 
@@ -377,11 +392,11 @@ def test_gather_of_a_convolution_meets_the_right_pixels(
     tokens, rng = window.output_pixels * batch, np.random.default_rng(0)
     columns = rng.integers(0, window.features, 64)
     matrix = tune.random_matrix(64, 64, 0.0, 64)
-    topology = dataclasses.replace(
-        matrix.topology, columns=jnp.asarray(columns, jnp.int32), k=window.features,
+    filters = dataclasses.replace(
+        as_prepared(matrix).layout, columns=jnp.asarray(columns, jnp.int32), k=window.features,
         counts=None if real == 64 else jnp.array([real]),
     )  # fmt: skip
-    words = np.asarray(layout.slot_places(topology, window), np.int64)
+    words = np.asarray(layout.slot_places(filters, window), np.int64)
     if masked := words.ndim == 2:
         words = words[:, 0] | words[:, 1] << 32
     assert masked == (window.is_padded or real < 64)
@@ -493,21 +508,21 @@ def test_dvalues_on_a_gpu(on_hopper, v, dtype):
         keys = jax.random.split(jax.random.key(2))
         x, dy = jax.random.normal(keys[0], (333, n), dtype), jax.random.normal(keys[1], (2 * v, n), dtype)
         x64, dy64 = (np.asarray(a.astype(jnp.float32), np.float64) for a in (x, dy))
-        columns, rows = (np.asarray(a).reshape(2, -1) for a in (matrix.topology.columns, matrix.topology.rows))
+        columns, rows = (np.asarray(a).reshape(2, -1) for a in (matrix.integers.columns, matrix.integers.rows))
         want = np.concatenate([x64[columns[g]] @ dy64[rows[g]].T for g in range(2)])
-        for config in mosaic_gpu.search_space(triton_tiles.problem("grad_values", matrix.topology, x)):
-            call = functools.partial(mosaic_gpu.grad_values, layout="feature_major", precision=None, config=config)
-            got = np.asarray(call(matrix.topology, x, dy).astype(jnp.float32), np.float64)
+        problem = Problem.of_layout("grad_values", as_prepared(matrix).layout, n, dtype)
+        for config in configs.search_space(problem, 132):
+            got = np.asarray(grad_values(config)(matrix, x, dy).astype(jnp.float32), np.float64)
             assert np.linalg.norm(got - want) <= 4e-3 * np.linalg.norm(want)
             np.testing.assert_allclose(got, want, atol=0.02 * np.abs(want).max())
 
 
 def test_what_is_not_finite_and_unused_never_leaks_on_a_gpu(on_hopper):
     matrix, x, _ = operands(128, m=256, k=200, n=520)
-    used = np.unique(np.asarray(matrix.topology.columns))
+    used = np.unique(np.asarray(matrix.integers.columns))
     bad = np.array(x.astype(jnp.float32))
     bad[np.setdiff1d(np.arange(200), used[:150])] = np.nan
-    columns = used[np.asarray(matrix.topology.columns) % 150]
-    topology = dataclasses.replace(matrix.topology, columns=jnp.asarray(columns.astype(np.int32)))
-    y = forward()(dataclasses.replace(matrix, topology=topology), jnp.asarray(bad, jnp.bfloat16), None)
+    columns = used[np.asarray(matrix.integers.columns) % 150]
+    changed = dataclasses.replace(matrix.layout, columns=jnp.asarray(columns.astype(np.int32)))
+    y = forward()(dataclasses.replace(matrix, layout=changed), jnp.asarray(bad, jnp.bfloat16), None)
     assert bool(jnp.isfinite(y).all())

@@ -12,13 +12,12 @@ from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
 
 import pallas_kernels as pk
 from pallas_kernels import _pairs as pairs
-from pallas_kernels._matrix import to_dense
-from pallas_kernels.mosaic import _forward as kernel
+from pallas_kernels._backend import Call
+from pallas_kernels._layout import as_prepared, to_dense
 from pallas_kernels.mosaic import _ptx as ptx
 from pallas_kernels.mosaic import _sparse as sparse
-from pallas_kernels.mosaic import _two_four as mosaic_gpu_two_four
-
-Config = kernel.Config
+from pallas_kernels.mosaic._backend import Mosaic
+from pallas_kernels.mosaic._configs import Config
 
 # Preparing for this backend is preparing for Triton, whose end Pallas announces at every lowering.
 pytestmark = pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated")
@@ -36,9 +35,10 @@ CASES = [
 
 
 def forward(config=None, activation=None, layout="feature_major"):
-    return functools.partial(
-        mosaic_gpu_two_four.forward_two_four, activation=activation, layout=layout, precision=None, config=config
-    )
+    def run(matrix, x, bias):
+        return Mosaic().forward(Call(activation, layout), as_prepared(matrix), x, bias, None, config)
+
+    return run
 
 
 def packed(v, m=300, k=200, dtype="bfloat16", seed=0, ragged=True):
@@ -102,7 +102,7 @@ def test_steps_that_are_none_fall_through():
         np.tile(np.arange(48, dtype=np.int32), (2, 1)),
         np.tile(np.arange(96) % 4 < 2, (256, 1)) & (np.arange(96) < 48),
     )
-    matrix = pk.RowGrouped(matrix.values.astype(jnp.bfloat16), matrix.topology)
+    matrix = pk.join(matrix.values.astype(jnp.bfloat16), matrix.integers)
     text = lower(functools.partial(pk.matmul, layout="feature_major"), matrix, jnp.zeros((96, 16), jnp.bfloat16))
     assert "xla.gpu.triton" in text
 
@@ -112,7 +112,7 @@ def test_by_name_gradients_and_vmap_lower_for_cuda():
     call = functools.partial(pk.matmul, implementation="mosaic_gpu")
 
     def loss(values, x):
-        return call(pk.RowGrouped(values, matrix.topology), x).astype(jnp.float32).sum()
+        return call(pk.join(values, matrix.integers), x).astype(jnp.float32).sum()
 
     text = lower(jax.value_and_grad(loss, (0, 1)), matrix.values, x.T)
     assert "wgmma.mma_async.sp" in text
@@ -121,10 +121,10 @@ def test_by_name_gradients_and_vmap_lower_for_cuda():
 
 
 @pytest.mark.parametrize(("matrix", "n", "match"), [
-    (packed(32), 16, "groups of"),
+    (packed(32), 16, "groups have"),
     (packed(128, dtype="float32"), 16, "bfloat16 and float16"),
     (packed(128), 16, "steps of"),
-    (pk.prepare(packed(128), "mosaic_gpu"), 0, "takes tokens"),
+    (pk.prepare(packed(128), "mosaic_gpu"), 0, "at least one token"),
 ])  # fmt: skip
 def test_what_the_kernel_cannot_do_falls_through(matrix, n, match):
     x = jnp.zeros((200, n), matrix.dtype)
@@ -137,8 +137,8 @@ def test_what_the_kernel_cannot_do_falls_through(matrix, n, match):
 def test_prepared_matrices_stand_for_the_same_weights(k, sentinels):
     canonical = packed(128, m=150, k=k, ragged=k == 200)
     prepared = pk.prepare(canonical, "mosaic_gpu")
-    assert prepared.topology.sentinels == sentinels
-    assert prepared.topology.pairs.dtype == np.uint16
+    assert prepared.integers.sentinels == sentinels
+    assert prepared.integers.pairs.dtype == np.uint16
     np.testing.assert_array_equal(to_dense(prepared), to_dense(canonical))
     x = jnp.ones((3, k), jnp.bfloat16)
     y = [pk.matmul(matrix, x, implementation="xla").astype(jnp.float32) for matrix in (prepared, canonical)]
@@ -197,11 +197,11 @@ def test_products_on_a_gpu(on_hopper, v, n, config, dtype):
 def test_what_is_not_finite_and_unused_never_leaks_on_a_gpu(on_hopper):
     for n in (16, 520):
         matrix, x, _ = operands(128, n, m=256, k=200)
-        used = np.unique(np.asarray(matrix.topology.columns))
+        used = np.unique(np.asarray(matrix.integers.columns))
         bad = np.array(x.astype(jnp.float32))
         bad[np.setdiff1d(np.arange(200), used[:100])] = np.nan
-        columns = np.asarray(matrix.topology.columns)
+        columns = np.asarray(matrix.integers.columns)
         columns = np.where(columns < 200, used[columns % 100], 200).astype(np.int32)
-        topology = dataclasses.replace(matrix.topology, columns=jnp.asarray(columns))
-        y = forward()(dataclasses.replace(matrix, topology=topology), jnp.asarray(bad, jnp.bfloat16), None)
+        changed = dataclasses.replace(matrix.layout, columns=jnp.asarray(columns))
+        y = forward()(dataclasses.replace(matrix, layout=changed), jnp.asarray(bad, jnp.bfloat16), None)
         assert bool(jnp.isfinite(y).all())

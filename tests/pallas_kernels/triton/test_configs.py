@@ -12,12 +12,15 @@ import pallas_kernels as pk
 from pallas_kernels import _devices as devices
 from pallas_kernels import _tables as tables
 from pallas_kernels import tune
-from pallas_kernels._tables import Problem
-from pallas_kernels.mosaic import _forward as mosaic_gpu_forward
-from pallas_kernels.mosaic import _matmul as mosaic_gpu
+from pallas_kernels._backend import Problem, choose
+from pallas_kernels._devices import GPU
+from pallas_kernels.mosaic import _configs as mosaic_configs
+from pallas_kernels.mosaic._backend import Mosaic
 from pallas_kernels.triton import _configs as configs
 from pallas_kernels.triton._configs import Config
 
+MOSAIC = Mosaic()
+HOPPER = GPU("My GPU H100")
 RESULTS = pathlib.Path(__file__).parents[3] / "benchmarks" / "results"
 PROBLEM = Problem("forward", 4096, 4096, 4096, 32768, 128, "bfloat16")
 
@@ -48,7 +51,7 @@ def table(tmp_path, monkeypatch):
 
     def write(*entries, **more):
         rows = [dataclasses.asdict(p) | {"config": dataclasses.asdict(c), "time_us": 1.0} | more for p, c in entries]
-        (tmp_path / "my-gpu.json").write_text(json.dumps({"entries": rows}))
+        (tmp_path / "my-gpu-h100.json").write_text(json.dumps({"entries": rows}))
 
     yield write
     tables._read.cache_clear()
@@ -57,8 +60,8 @@ def table(tmp_path, monkeypatch):
 def test_the_nearest_measured_entry_is_used(table):
     near, far = Config(num_stages=4), Config(num_stages=5)
     table((dataclasses.replace(PROBLEM, m=5000), near), (dataclasses.replace(PROBLEM, m=9000), far))
-    assert configs.config(PROBLEM, "My GPU") == near
-    assert configs.config(dataclasses.replace(PROBLEM, m=8000), "My GPU") == far
+    assert configs.config(PROBLEM, "My GPU H100") == near
+    assert configs.config(dataclasses.replace(PROBLEM, m=8000), "My GPU H100") == far
 
 
 def test_without_a_near_entry_the_heuristic_decides(table):
@@ -70,39 +73,39 @@ def test_without_a_near_entry_the_heuristic_decides(table):
         dataclasses.replace(PROBLEM, m=100_000),
         dataclasses.replace(PROBLEM, equal=False),
     ):
-        assert configs.config(other, "My GPU") == configs.heuristic(other)
+        assert configs.config(other, "My GPU H100") == configs.heuristic(other)
     assert configs.config(PROBLEM, "Unknown GPU") == configs.config(PROBLEM, None) == configs.heuristic(PROBLEM)
 
 
 def test_an_entry_serves_its_own_implementation(table):
-    config = mosaic_gpu_forward.Config(stages=3, split="rows", registers=(208, 88))
+    config = mosaic_configs.Config(stages=3, split="rows", registers=(208, 88))
     table((PROBLEM, config), implementation="mosaic_gpu", triton_time_us=1.1)
-    assert mosaic_gpu.tuned(PROBLEM, "My GPU") == config
-    assert configs.config(PROBLEM, "My GPU") == configs.heuristic(PROBLEM)
+    assert MOSAIC.config(PROBLEM, HOPPER) == config
+    assert configs.config(PROBLEM, "My GPU H100") == configs.heuristic(PROBLEM)
     for other in (dataclasses.replace(PROBLEM, group_size=64), dataclasses.replace(PROBLEM, n=100_000)):
-        assert mosaic_gpu.tuned(other, "My GPU") == mosaic_gpu.heuristic(other.group_size, other.n)
-    assert mosaic_gpu.tuned(PROBLEM, None) == mosaic_gpu.heuristic(128, 4096)
+        assert MOSAIC.config(other, HOPPER) == mosaic_configs.heuristic(other, 132)
+    assert MOSAIC.config(PROBLEM, None) == mosaic_configs.heuristic(PROBLEM, 132)
 
 
 @pytest.mark.parametrize(("triton_time_us", "faster"), [(1.1, True), (0.9, False)])
 def test_the_mosaic_kernel_is_taken_where_it_was_measured_faster(table, triton_time_us, faster):
-    config = mosaic_gpu_forward.Config()
+    config = mosaic_configs.Config()
     table((PROBLEM, config), implementation="mosaic_gpu", triton_time_us=triton_time_us)
-    assert mosaic_gpu.is_faster(dataclasses.replace(PROBLEM, m=4000), "My GPU", 132) == faster
+    assert MOSAIC.pays(dataclasses.replace(PROBLEM, m=4000), HOPPER) == faster
     far = dataclasses.replace(PROBLEM, k=100_000, slots=10**6)
-    assert mosaic_gpu.is_faster(far, "My GPU", 132)  # 32 groups, 16 tiles of tokens
-    assert not mosaic_gpu.is_faster(far, "My GPU", 1000)
+    assert MOSAIC.pays(far, HOPPER)  # 32 groups, 16 tiles of tokens
+    assert not MOSAIC.pays(far, HOPPER._replace(multiprocessors=1000))
 
 
 def test_what_the_mosaic_kernel_can_do_has_a_search_space():
     for v, n, dtype in itertools.product((32, 64, 128, 256), (16, 264, 300, 4096), ("bfloat16", "float32")):
         problem = dataclasses.replace(PROBLEM, n=n, group_size=v, dtype=dtype)
-        space = mosaic_gpu.search_space(problem)
         able = v >= 64 and n in (264, 4096) and dtype == "bfloat16"
-        assert bool(space) == able == mosaic_gpu.can(problem)
+        assert able == (not MOSAIC.why_not(problem))
         if able:
-            assert space[0] == mosaic_gpu.heuristic(v, n)
-            assert max(c.shared_memory(v) for c in space) <= mosaic_gpu_forward.SHARED_MEMORY
+            space = MOSAIC.configs(problem, HOPPER)
+            assert space[0] == mosaic_configs.heuristic(problem, 132)
+            assert max(c.shared_memory(v) for c in space) <= mosaic_configs.SHARED_MEMORY
 
 
 def test_packaged_tables_hold_legal_configs():
@@ -112,11 +115,12 @@ def test_packaged_tables_hold_legal_configs():
         entries = json.loads(path.read_text())["entries"]
         assert len(entries) > 50
         for entry in entries:
-            problem = Problem(**{field.name: entry[field.name] for field in dataclasses.fields(Problem)})
+            problem = Problem.of(entry)
             if entry.get("implementation") == "mosaic_gpu":
-                config = mosaic_gpu.tuned(problem, path.stem)
-                assert config.shared_memory(problem.group_size) <= mosaic_gpu_forward.SHARED_MEMORY
-                assert mosaic_gpu.is_faster(problem, path.stem, 132) == (entry["time_us"] < entry["triton_time_us"])
+                gpu = GPU(path.stem)
+                config = MOSAIC.config(problem, gpu)
+                assert config.shared_memory(problem.group_size) <= mosaic_configs.SHARED_MEMORY
+                assert MOSAIC.pays(problem, gpu) == (entry["time_us"] < entry["triton_time_us"])
             else:
                 config = configs.config(problem, path.stem)
                 assert configs.shared_memory(problem, config) <= configs.SHARED_MEMORY
@@ -128,16 +132,16 @@ def test_packaged_tables_hold_legal_configs():
 @pytest.mark.parametrize("equal", [True, False])
 def test_random_matrix(equal):
     matrix = tune.random_matrix(100, 200, 0.75, 16, equal=equal)
-    counts = np.diff(np.asarray(matrix.topology.group_ptr))
+    counts = np.diff(np.asarray(matrix.integers.group_ptr))
     assert matrix.shape == (100, 200)
     assert abs(counts.mean() - 50) < 2
     assert (counts.std() == 0) == equal
     other = tune.random_matrix(100, 200, 0.75, 16, equal=equal, seed=1)
-    np.testing.assert_array_equal(other.topology.group_ptr, matrix.topology.group_ptr)
-    assert (np.asarray(other.topology.rows) != np.asarray(matrix.topology.rows)).any()
+    np.testing.assert_array_equal(other.topology.group_ptr, matrix.integers.group_ptr)
+    assert (np.asarray(other.topology.rows) != np.asarray(matrix.integers.rows)).any()
 
 
-@pytest.mark.skipif(devices.kind() is not None, reason="there is a GPU: it would be tuned")
+@pytest.mark.skipif(devices.gpu() is not None, reason="there is a GPU: it would be tuned")
 def test_tune_without_a_gpu_says_so(capsys, tmp_path):
     assert tune.main(["--out", str(tmp_path / "table.json")]) == 1
     assert "no CUDA device" in capsys.readouterr().err
@@ -157,7 +161,7 @@ def test_tuning_keeps_the_fastest_config_and_goes_on_where_it_stopped(monkeypatc
         return kernel
 
     monkeypatch.setattr(tune, "triton_device", lambda: "My GPU")
-    monkeypatch.setattr(tune.configs, "search_space", lambda problem: (slow, fast, wrong))
+    monkeypatch.setattr(configs, "search_space", lambda problem: (slow, fast, wrong))
     monkeypatch.setattr(tune, "product", product)
     monkeypatch.setattr(tune, "_build", lambda function, *arguments: function)
     measured = []
@@ -197,7 +201,7 @@ def test_the_cost_model_decides_as_measured():
         slots = -(-r["m"] // r["group_size"]) * round(r["k"] * (1 - r["sparsity"]))
         sizes = {"slots": slots, "group_size": r["group_size"], "equal": r["counts"] == "equal"}
         problem = Problem("forward", r["m"], r["k"], r["n"], dtype="bfloat16", **sizes)
-        if mosaic_gpu.can(problem) and mosaic_gpu.is_faster(problem, "NVIDIA H200", 132):
+        if choose(problem, [MOSAIC], GPU("NVIDIA H200")) is not None:
             r = of_case.get("mosaic_gpu", r)
         prediction = pk.predict(r["m"], r["k"], r["n"], layout=r["layout"], device="NVIDIA H200", **sizes)
         if prediction is not None and not 0.97 / 1.15 < r["speedup"] < 0.97 * 1.15:

@@ -14,19 +14,25 @@ from jaxlib.mlir import ir
 
 import pallas_kernels as pk
 from pallas_kernels import tune
-from pallas_kernels._matrix import to_dense
-from pallas_kernels._tables import Problem
+from pallas_kernels._backend import Call, Problem
+from pallas_kernels._devices import GPU
+from pallas_kernels._layout import as_prepared, to_dense
 from pallas_kernels.gpu import _layout as layout
 from pallas_kernels.triton import _configs as configs
-from pallas_kernels.triton import _matmul as triton
-from pallas_kernels.triton import _tiles as triton_tiles
+from pallas_kernels.triton._backend import Triton
 from pallas_kernels.triton._configs import Config
 from pallas_kernels.triton._grad import slot_table
 
+TRITON = Triton()
 H200 = AbstractMesh((), (), abstract_device=AbstractDevice("NVIDIA H200", 132, "gpu"))
 
 # Pallas announces the end of its Triton backend at every lowering: the one warning that may pass.
 pytestmark = pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated")
+
+
+def forward(activation=None):
+    call = Call(activation)
+    return lambda matrix, x, bias: TRITON.forward(call, as_prepared(matrix), x, bias, None)
 
 
 @pytest.fixture(autouse=True)
@@ -94,18 +100,17 @@ def test_a_gpu_that_pallas_does_not_know_takes_xla(kind):
     with use_abstract_mesh(AbstractMesh((), (), abstract_device=AbstractDevice(kind, 80, "gpu"))):
         product = jax.jit(functools.partial(pk.matmul, layout="feature_major"))
         text = product.trace(matrix, x).lower(lowering_platforms=("cuda",)).as_text()
-    assert ("xla.gpu.triton" in text) == triton_tiles.lowers_for(kind)
-    assert triton_tiles.lowers_for("NVIDIA A100-SXM4-40GB")
+    assert ("xla.gpu.triton" in text) == GPU(kind).runs_triton
+    assert GPU("NVIDIA A100-SXM4-40GB").runs_triton
 
 
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
 def test_other_dtypes_ragged_counts_and_epilogues_lower_for_cuda(dtype):
     matrix = tune.random_matrix(100, 70, 0.5, 32, equal=False, dtype=dtype)
     x, bias = jnp.zeros((70, 33), dtype), jnp.zeros(100, dtype)
-    for arranged in (matrix, triton.prepare(matrix)):
+    for arranged in (matrix, pk.prepare(matrix, "triton")):
         for activation in ("gelu", "silu", "relu"):
-            forward = functools.partial(triton.forward, activation=activation, layout="feature_major", precision=None)
-            assert len(kernels(lower(forward, arranged, x, bias))) == 1
+            assert len(kernels(lower(forward(activation), arranged, x, bias))) == 1
     gradients = jax.grad(
         lambda m, x: pk.matmul(m, x.T, implementation="triton").astype(float).sum(), (0, 1), allow_int=True
     )
@@ -116,8 +121,7 @@ def test_other_dtypes_ragged_counts_and_epilogues_lower_for_cuda(dtype):
 def test_offsets_beyond_2_31_elements_take_64_bits(tokens, bits):
     matrix = tune.random_matrix(128, 2**15, 0.75, 128)
     x = jax.ShapeDtypeStruct((2**15, tokens), jnp.bfloat16)
-    forward = functools.partial(triton.forward, activation=None, layout="feature_major", precision=None)
-    (text,) = kernels(lower(lambda m, x: forward(m, x, None), matrix, x))
+    (text,) = kernels(lower(lambda m, x: forward()(m, x, None), matrix, x))
     # The gather of x is the load of a (slots, tokens) tile of bf16; its pointers are made by adding the offsets.
     config = configs.config(Problem("forward", 128, 2**15, tokens, 2**13, 128, "bfloat16"))
     tile = f"tensor<{config.block_k}x{config.block_tokens}x"
@@ -127,8 +131,7 @@ def test_offsets_beyond_2_31_elements_take_64_bits(tokens, bits):
 def test_no_kernel_but_ours_runs_for_an_equal_product():
     matrix = tune.random_matrix(256, 256, 0.5, 128)
     x = jnp.zeros((256, 512), jnp.bfloat16)
-    forward = functools.partial(triton.forward, activation="gelu", layout="feature_major", precision=None)
-    text = lower(forward, matrix, x, jnp.zeros(256, jnp.bfloat16)).as_text()
+    text = lower(forward("gelu"), matrix, x, jnp.zeros(256, jnp.bfloat16)).as_text()
     assert text.count("stablehlo.custom_call") == 1
     assert "stablehlo.gather" not in text
     assert "stablehlo.transpose" not in text
@@ -139,33 +142,35 @@ def test_no_kernel_but_ours_runs_for_an_equal_product():
 def test_prepare_pads_and_sorts(equal, m, v, sparsity):
     matrix = tune.random_matrix(m, 160, sparsity, v, equal=equal, dtype="float32")
     prepared = pk.prepare(matrix, "triton")
-    lengths = np.diff(np.asarray(prepared.topology.group_ptr))
+    lengths = np.diff(np.asarray(prepared.integers.group_ptr))
     assert (lengths % layout.SEGMENT == 0).all()
     assert (np.diff(lengths) <= 0).all()
     np.testing.assert_array_equal(to_dense(prepared), to_dense(matrix))
-    padding = np.ones(prepared.topology.num_slots, bool)
-    counts = lengths if prepared.topology.counts is None else np.asarray(prepared.topology.counts)
-    for begin, count in zip(prepared.topology.group_ptr[:-1], counts, strict=True):
-        kept = np.asarray(prepared.topology.columns[begin : begin + count])
+    padding = np.ones(prepared.integers.num_slots, bool)
+    counts = lengths if prepared.integers.counts is None else np.asarray(prepared.integers.counts)
+    for begin, count in zip(prepared.integers.group_ptr[:-1], counts, strict=True):
+        kept = np.asarray(prepared.integers.columns[begin : begin + count])
         padding[begin : begin + count] = False
         end = begin + -(-count // layout.SEGMENT) * layout.SEGMENT
-        assert set(np.asarray(prepared.topology.columns[begin:end])) == set(kept)  # padding repeats what is read anyway
+        assert set(np.asarray(prepared.integers.columns[begin:end])) == set(kept)  # padding repeats what is read anyway
     assert not np.asarray(prepared.values)[padding].any()
 
 
 def test_equal_counts_that_fit_stay_as_they_are():
     matrix = tune.random_matrix(128, 128, 0.5, 64)
-    assert pk.prepare(matrix, "triton") is matrix
+    prepared = pk.prepare(matrix, "triton")
+    assert prepared.values is matrix.values
+    assert prepared.layout.order is None
 
 
 def test_what_the_kernels_cannot_do_falls_through():
     odd = tune.random_matrix(30, 16, 0.5, 6, dtype="float32")
-    with pytest.raises(NotImplementedError, match="groups of 16, 32, 64"):
+    with pytest.raises(NotImplementedError, match="groups have 16, 32, 64"):
         pk.matmul(odd, jnp.zeros((4, 16)), implementation="triton")
     text = lower(lambda m, x: pk.matmul(m, x), odd, jnp.zeros((4, 16))).as_text()
     assert "xla.gpu.triton" not in text
-    with pytest.raises(NotImplementedError, match="compute in"):
-        triton.check(odd.topology.__class__(**{**vars(odd.topology), "group_size": 16}), jnp.float8_e4m3fn)
+    (reason,) = TRITON.why_not(Problem("forward", 30, 16, 4, 16, 16, "float8_e4m3fn"))
+    assert "it computes in" in reason
 
 
 def test_the_default_on_cuda_is_triton_and_elsewhere_xla():
@@ -180,7 +185,7 @@ def test_the_default_on_cuda_is_triton_and_elsewhere_xla():
 ])  # fmt: skip
 @pytest.mark.parametrize("equal", [True, False])
 def test_every_knob_computes_the_same(config, equal):
-    matrix = triton.prepare(tune.random_matrix(60, 96, 0.6, 32, equal=equal, dtype="float32"))
+    matrix = pk.prepare(tune.random_matrix(60, 96, 0.6, 32, equal=equal, dtype="float32"), "triton")
     rng = np.random.default_rng(0)
     x, dy = (jnp.asarray(rng.standard_normal((size, 24)), jnp.float32) for size in (96, 60))
     want = np.asarray(to_dense(matrix), np.float64)
@@ -196,8 +201,9 @@ def test_every_knob_computes_the_same(config, equal):
 
 def test_slot_table():
     matrix = tune.random_matrix(64, 40, 0.5, 16, equal=False, dtype="float32")
-    for arranged in (matrix, triton.prepare(matrix)):
-        topology, table = arranged.topology, np.asarray(slot_table(arranged.topology))
+    for arranged in (matrix, pk.prepare(matrix, "triton")):
+        topology = as_prepared(arranged).layout
+        table = np.asarray(slot_table(topology))
         want = np.full(table.shape, topology.num_slots)
         counts = np.diff(topology.group_ptr) if topology.counts is None else topology.counts
         for group, (begin, count) in enumerate(zip(topology.group_ptr[:-1], counts, strict=True)):
@@ -210,7 +216,10 @@ def test_many_tokens_decompress_and_few_do_not():
     dense = np.asarray(to_dense(matrix), np.float64)
     for n, decompressed in ((8, False), (264, True)):
         dy = jnp.asarray(np.random.default_rng(0).standard_normal((n, 64)), jnp.float32)
-        grad = functools.partial(triton.grad_input, layout="token_major", precision=None)
+
+        def grad(matrix, dy):
+            return TRITON.grad_input(Call(layout="token_major"), as_prepared(matrix), dy)
+
         np.testing.assert_allclose(grad(matrix, dy), np.asarray(dy, np.float64) @ dense, atol=1e-5, rtol=1e-5)
         assert ("64x96xf32" in lower(grad, matrix, dy).as_text()) == decompressed
 

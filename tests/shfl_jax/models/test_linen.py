@@ -260,10 +260,10 @@ def test_export_round_trip(x, stacked):
 def test_export_of_filters_that_were_prepared_for_a_window():
     window = windows.window((6, 6), 4, (3, 3), (2, 2), "SAME", (1, 1))
     filters = pk.prepare(tune.random_matrix(16, 36, 0.5, 16, dtype="float32"), "triton", window=window)
-    assert filters.topology.window == window
-    exported = export.export(jax.jit(lambda filters: filters.topology.columns + 1))(filters)
+    assert filters.layout.window == window
+    exported = export.export(jax.jit(lambda filters: filters.layout.columns + 1))(filters)
     restored = export.deserialize(bytearray(exported.serialize()))
-    np.testing.assert_array_equal(restored.call(filters), filters.topology.columns + 1)
+    np.testing.assert_array_equal(restored.call(filters), filters.layout.columns + 1)
 
 
 def test_compressed_kernels_in_other_modules_are_errors_that_name_them(x):
