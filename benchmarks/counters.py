@@ -31,7 +31,7 @@ import jax.numpy as jnp
 import pallas_kernels
 from benchmarks import records as files
 from pallas_kernels import timing, tune
-from pallas_kernels._backend import Op
+from pallas_kernels._backend import BACKENDS, Call, Op
 
 MARKER = "cosine"  # in the name of the kernel that XLA makes of `mark`
 PROCESSES = 4
@@ -97,10 +97,9 @@ def call(case: Case) -> tuple[Callable, tuple]:
     matrix = pallas_kernels.prepare(tune.random_matrix(case.m, case.k, case.sparsity, case.group_size), "triton")
     if case.op != "forward":
         return tune.product(case.op, None, case.implementation), (matrix, x, dy)
-    forward = tune.IMPLEMENTATIONS[case.implementation].forward
-    options: dict[str, Any] = {"activation": case.epilogue, "layout": "feature_major", "precision": None}
+    backend, product = BACKENDS[case.implementation], Call(case.epilogue)
     bias = jax.random.normal(keys[2], (case.m,), jnp.bfloat16) if case.epilogue else None
-    return lambda matrix, x, bias: forward(matrix, x, bias, **options), (matrix, x, bias)
+    return lambda matrix, x, bias: backend.forward(product, matrix, x, bias, None), (matrix, x, bias)
 
 
 def launch(cases: Sequence[Case]) -> None:

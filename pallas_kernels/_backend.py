@@ -3,7 +3,7 @@
 import abc
 import dataclasses
 from collections.abc import Iterable, Mapping
-from typing import Any, Literal, Protocol
+from typing import Any, ClassVar, Literal, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -146,8 +146,8 @@ class Backend(Protocol):
         platforms: the platforms of JAX on which `implementation=None` considers it.
     """
 
-    name: str
-    platforms: tuple[str, ...]
+    name: ClassVar[str]
+    platforms: ClassVar[tuple[str, ...]]
 
     def missing(self, gpu: GPU | None) -> str:
         """Why it cannot run at all, with this version of JAX or on a GPU (None: there is none); "" where it can."""
@@ -196,7 +196,7 @@ BACKENDS: dict[str, Backend] = {}
 
 
 def register(backend: Backend) -> None:
-    """Makes a backend known to `matmul`, `conv2d` and `prepare`, before those known already. docs/extending.md shows one.
+    """Makes a backend known to `matmul`, `conv2d` and `prepare`, before those known already; see docs/extending.md.
 
     Args:
         backend: hashable, since it is static under jit: a module-level object or a frozen dataclass.

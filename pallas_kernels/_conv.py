@@ -20,20 +20,20 @@ FROM_NATIVE: dict[str, tuple[int, ...]] = {"CHWN": (0, 1, 2, 3), "NHWC": (3, 1, 
 
 def conv2d(
     filters: RowGrouped | Prepared,
-    x: Float[Array, "a b c d"],
+    x: Float[Array, "_ _ _ _"],
     *,
     kernel_size: Pair,
     strides: int | Pair = 1,
     padding: Padding = "SAME",
     dilation: int | Pair = 1,
     groups: int = 1,
-    bias: Float[Array, " c_out"] | None = None,
+    bias: Float[Array, " C_out"] | None = None,
     addend: Float[Array, "..."] | None = None,
     activation: str | None = None,
     layout: ConvLayout = "CHWN",
     implementation: str | None = None,
     precision: lax.PrecisionLike = None,
-) -> Float[Array, "a b c d"]:
+) -> Float[Array, "_ _ _ _"]:
     """Computes activation(filters * x + bias + addend), the convolution of deep learning (a correlation).
 
     Row o of the filter matrix is output channel o. Its column (i * kw + j) * C + c is tap (i, j) of input channel c, so
@@ -43,8 +43,8 @@ def conv2d(
     batch. Other layouts are transposed on the way in and out, and where only elementwise operations and reductions
     stand between two convolutions under one `jit`, XLA cancels what stands between them: a network's images are moved
     once. A 1 x 1 convolution with stride 1 is the feature-major product of `matmul`.
-    Differentiable in the filters' values, `x`, `bias` and `addend`; `vmap` also maps over stacked filters. Accumulates in
-    float32. Second derivatives need `implementation="xla"`, as in `matmul`.
+    Differentiable in the filters' values, `x`, `bias` and `addend`; `vmap` also maps over stacked filters. Accumulates
+    in float32. Second derivatives need `implementation="xla"`, as in `matmul`.
 
     Args:
         filters: (C_out, kh * kw * C), canonical or from `prepare`.

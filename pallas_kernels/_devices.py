@@ -3,7 +3,7 @@
 import functools
 import importlib
 import warnings
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -30,7 +30,7 @@ class GPU(NamedTuple):
 
     @property
     def runs_triton(self) -> bool:
-        """Whether Pallas-Triton knows this kind; it raises RuntimeError, at lowering, for those it has no numbers of."""
+        """Whether Pallas-Triton knows this kind; for others it raises RuntimeError when lowering."""
         return _runs_triton(self.kind)
 
 
@@ -73,5 +73,5 @@ def _runs_triton(kind: str) -> bool:
     return True
 
 
-def _copy(x_ref, y_ref) -> None:
+def _copy(x_ref: Any, y_ref: Any) -> None:
     y_ref[...] = x_ref[...]

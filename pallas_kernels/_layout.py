@@ -10,6 +10,7 @@ import math
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float
 
 from pallas_kernels._matrix import RowGrouped, Topology
 from pallas_kernels._pairs import unpack, wide_pairs
@@ -129,7 +130,7 @@ class Prepared:
         return self.values.nbytes + self.layout.nbytes
 
 
-def join(values: jax.Array, integers: Topology | MatrixLayout) -> RowGrouped | Prepared:
+def join(values: Float[Array, "*batch stored V"], integers: Topology | MatrixLayout) -> RowGrouped | Prepared:
     """The matrix of some values and the `integers` of another one like it."""
     return RowGrouped(values, integers) if isinstance(integers, Topology) else Prepared(values, integers)
 
@@ -239,7 +240,7 @@ def stored_rows_dense(matrix: Prepared) -> jax.Array:
     return vectors.reshape(layout.k, -1)
 
 
-def to_dense(matrix: RowGrouped | Prepared) -> jax.Array:
+def to_dense(matrix: RowGrouped | Prepared) -> Float[Array, "M K"]:
     """Decompresses a matrix without leading axes, under jit or not: (M, K), exact zeros where nothing is stored."""
     expanded = expand(as_prepared(matrix))
     return stored_rows_dense(expanded).T[inverse_rows(expanded.layout)]

@@ -10,6 +10,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Bool, Float, Int32, UInt8
 
 from pallas_kernels._pairs import unpack
 
@@ -119,11 +120,11 @@ class RowGrouped:
 
 
 def row_grouped(
-    values: HostArray,
-    columns: HostArray,
-    group_ptr: HostArray,
-    rows: HostArray,
-    pairs: HostArray | None = None,
+    values: Float[HostArray, "*batch stored V"],
+    columns: Int32[HostArray, "*batch P"],
+    group_ptr: Int32[HostArray, "*batch R+1"],
+    rows: Int32[HostArray, "*batch R*V"],
+    pairs: UInt8[HostArray, "*batch bytes V"] | None = None,
     *,
     m: int,
     k: int,
@@ -227,7 +228,9 @@ def _check_fours(columns: np.ndarray, group_ptr: np.ndarray, k: int, at: str) ->
         raise ValueError(f"columns{at} must hold each column once within every group")
 
 
-def from_dense(weight: HostArray, rows: HostArray, kept: HostArray) -> RowGrouped:
+def from_dense(
+    weight: Float[HostArray, "*batch M K"], rows: Int32[HostArray, "*batch R*V"], kept: Bool[HostArray, "*batch R K"]
+) -> RowGrouped:
     """Compresses a matrix. On the host, because the number of slots depends on the data.
 
     Args:

@@ -52,7 +52,7 @@ def matmul(
     matrix: RowGrouped | Prepared,
     x: Float[Array, "..."],
     *,
-    bias: Float[Array, " m"] | None = None,
+    bias: Float[Array, " M"] | None = None,
     addend: Float[Array, "..."] | None = None,
     activation: str | None = None,
     layout: Layout = "token_major",

@@ -1,12 +1,18 @@
 """2:4 inside row groups: building the packed form."""
 
 import numpy as np
+from jaxtyping import Bool, Float, Int32
 
 from pallas_kernels._matrix import HostArray, RowGrouped, row_grouped
 from pallas_kernels._pairs import pack
 
 
-def from_dense_two_four(weight: HostArray, rows: HostArray, order: HostArray, choice: HostArray) -> RowGrouped:
+def from_dense_two_four(
+    weight: Float[HostArray, "*batch M K"],
+    rows: Int32[HostArray, "*batch R*V"],
+    order: Int32[HostArray, "*batch R S"],
+    choice: Bool[HostArray, "*batch M K"],
+) -> RowGrouped:
     """Compresses a matrix to its packed 2:4 form. On the host, because the number of slots depends on the data.
 
     Args:

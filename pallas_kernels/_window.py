@@ -1,7 +1,7 @@
 """The geometry of a convolution: which pixel of the input each tap of the filter meets at each output position."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from jax import lax
 
@@ -68,7 +68,7 @@ class Window:
         return any(any(pads) for pads in self.padding)
 
     @staticmethod
-    def _pair(sizes) -> Pair:
+    def _pair(sizes: Iterable[int]) -> Pair:
         height, width = sizes
         return height, width
 
@@ -85,7 +85,7 @@ def window(
     for name, pair in pairs.items():
         if len(pair) != 2 or min(pair) < 1:
             raise ValueError(f"{name} must be two sizes of at least 1, got {pair}")
-    kernel, steps, dilations = pairs.values()
+    kernel, steps, dilations = (Window._pair(pair) for pair in pairs.values())
     extent = [(size - 1) * d + 1 for size, d in zip(kernel, dilations, strict=True)]
     if isinstance(padding, str):
         if padding.upper() not in PADDINGS:  # `lax` takes lower case too, and so does a dense Flax layer
@@ -103,5 +103,5 @@ def window(
     return Window(image, channels, kernel, steps, dilations, pads)
 
 
-def _pair(sizes: int | Sequence[int]) -> tuple:
+def _pair(sizes: int | Sequence[int]) -> tuple[int, ...]:
     return (sizes, sizes) if isinstance(sizes, int) else tuple(int(size) for size in sizes)

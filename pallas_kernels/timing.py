@@ -45,15 +45,15 @@ class _Rotating:
     It has the methods of `jax.stages.Wrapped`, so that `measure` takes it for a compiled function and does not jit it.
     """
 
-    def __init__(self, function: Callable, argument_sets: Sequence[tuple]):
+    def __init__(self, function: Callable[..., Any], argument_sets: Sequence[tuple[Any, ...]]) -> None:
         self.function, self.argument_sets, self.calls = function, argument_sets, 0
 
-    def __call__(self):
+    def __call__(self) -> Any:
         arguments = self.argument_sets[self.calls % len(self.argument_sets)]
         self.calls += 1
         return self.function(*arguments)
 
-    def trace(self, *args):
+    def trace(self, *args: Any) -> Any:
         return self.function
 
     lower = eval_shape = trace
@@ -65,7 +65,9 @@ def num_sets(arguments: object, most: int = 24) -> int:
     return max(2, min(most, -(-L2_BYTES // max(size, 1))))
 
 
-def kernel_times(function: Callable, argument_sets: Sequence[tuple], iterations: int = 20) -> list[list[float]]:
+def kernel_times(
+    function: Callable[..., Any], argument_sets: Sequence[tuple[Any, ...]], iterations: int = 20
+) -> list[list[float]]:
     """Times every kernel of every call.
 
     Args:
@@ -84,7 +86,9 @@ def kernel_times(function: Callable, argument_sets: Sequence[tuple], iterations:
     return [[milliseconds * 1e3 for _, milliseconds in call] for call in calls]
 
 
-def median_us(function: Callable, argument_sets: Sequence[tuple], iterations: int = 20) -> tuple[float, int]:
+def median_us(
+    function: Callable[..., Any], argument_sets: Sequence[tuple[Any, ...]], iterations: int = 20
+) -> tuple[float, int]:
     """Median over the calls of the sum of a call's kernel times in microseconds, and the number of kernels."""
     calls = kernel_times(function, argument_sets, iterations)
     return statistics.median(sum(call) for call in calls), len(calls[0])

@@ -53,7 +53,10 @@ __all__ = [
 LAYERS = ((4096, 4096), (14336, 4096), (4096, 14336), (3072, 768), (768, 3072), (1024, 1024), (8192, 8192))
 TOKENS = (1, 8, 16, 32, 64, 128, 256, 1024, 4096)
 SPREAD = 0.42  # coefficient of variation of ragged counts, that of a one-threshold mask on a trained layer
-IMPLEMENTATIONS = ("triton", "mosaic_gpu")  # the first one is compared with dense products, the others with it
+IMPLEMENTATIONS: tuple[str, ...] = (
+    "triton",
+    "mosaic_gpu",
+)  # the first one is compared with dense products, the others with it
 LARGEST_ERROR = 2e-2  # configs that disagree with the heuristic's result by more are not kept
 
 
@@ -116,10 +119,10 @@ def product(op: Op, config: Any, implementation: str = IMPLEMENTATIONS[0]) -> Ca
     return run
 
 
-def dense_products(op: Op) -> tuple[Callable, ...]:
+def dense_products(op: Op) -> tuple[Callable[..., Any], ...]:
     """What XLA does without sparsity, as functions of (weight, x, dy): in both layouts of the activations."""
 
-    def contract(a, b, i, j):
+    def contract(a: jax.Array, b: jax.Array, i: int, j: int) -> jax.Array:
         return jax.lax.dot_general(a, b, (((i,), (j,)), ((), ())), preferred_element_type=jnp.float32).astype(b.dtype)
 
     return {
@@ -132,7 +135,7 @@ def dense_products(op: Op) -> tuple[Callable, ...]:
     }[op]  # fmt: skip
 
 
-def _tokens_first(x):
+def _tokens_first(x: jax.Array) -> jax.Array:
     """The same bytes read as a token-major array: the right shape for a timing, without a transpose in it."""
     return x.reshape(x.shape[::-1])
 
@@ -212,7 +215,8 @@ def search_space(implementation: str, problem: Problem) -> tuple[Any, ...]:
 
 def _read(path: pathlib.Path) -> dict[str, Any]:
     """The table on disk, or one without entries."""
-    table = {"device": tables.file_name(triton_device()), "jax": jax.__version__, "date": "", "entries": []}
+    table: dict[str, Any] = {"device": tables.file_name(triton_device()), "jax": jax.__version__, "date": ""}
+    table["entries"] = list[dict[str, Any]]()
     return table | ({"entries": json.loads(path.read_text())["entries"]} if path.exists() else {})
 
 
@@ -235,7 +239,7 @@ def _operands(problem: Problem, seed: int) -> tuple[Prepared, jax.Array, jax.Arr
     return BACKENDS[IMPLEMENTATIONS[0]].prepare(matrix, None), x, jax.random.normal(keys[1], (p.m, p.n), p.dtype)
 
 
-def _compile(job: tuple[str, Problem]) -> tuple[list, list]:
+def _compile(job: tuple[str, Problem]) -> tuple[list[Any], list[Any]]:
     """([(config, function), ...], [functions to compare with]): dense products, for other kernels Triton's."""
     implementation, problem = job
     operands = _operands(problem, 0)
@@ -260,7 +264,7 @@ def _dense(op: Op, m: int, k: int, n: int, dtype: str) -> tuple[Any, ...]:
     return tuple(_build(function, *shapes) for function in dense_products(op))
 
 
-def _build(function: Callable, *arguments: Any) -> Any:
+def _build(function: Callable[..., Any], *arguments: Any) -> Any:
     """The compiled function, or None where that cannot be."""
     try:
         return jax.jit(function).lower(*arguments).compile()
@@ -269,7 +273,7 @@ def _build(function: Callable, *arguments: Any) -> Any:
         return None
 
 
-def _measure(job: tuple[str, Problem], candidates: list, rivals: list) -> dict[str, Any]:
+def _measure(job: tuple[str, Problem], candidates: list[Any], rivals: list[Any]) -> dict[str, Any]:
     """The entry of a job: the fastest candidate that agrees with the first one, or with Triton's kernel."""
     implementation, problem = job
     first = _operands(problem, 0)
@@ -293,7 +297,7 @@ def _measure(job: tuple[str, Problem], candidates: list, rivals: list) -> dict[s
     return entry | best | times | {"tried": len(candidates)}
 
 
-def copies(arguments: tuple) -> list[tuple]:
+def copies(arguments: tuple[Any, ...]) -> list[tuple[Any, ...]]:
     """The arguments and as many copies of them as fill the L2 cache twice."""
     return [arguments] + [jax.tree.map(jnp.copy, arguments) for _ in range(1, timing.num_sets(arguments))]
 

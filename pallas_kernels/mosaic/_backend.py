@@ -1,6 +1,7 @@
 """The Mosaic backend: what its kernels can do on a Hopper GPU, when they pay, and the way to each of them."""
 
 import dataclasses
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -28,8 +29,8 @@ class Mosaic(Backend):
     ignored: products of two-byte numbers are exact in the float32 sums.
     """
 
-    name: str = "mosaic_gpu"
-    platforms: tuple[str, ...] = ("cuda",)
+    name: ClassVar[str] = "mosaic_gpu"
+    platforms: ClassVar[tuple[str, ...]] = ("cuda",)
 
     def missing(self, gpu: GPU | None) -> str:
         """See `Backend.missing`."""
@@ -43,7 +44,8 @@ class Mosaic(Backend):
         """See `Backend.why_not`."""
         if problem.op == "grad_input":
             return ["it has no kernel for dX"]
-        reasons, window = [], problem.window
+        reasons: list[str] = []
+        window = problem.window
         if problem.group_size not in GROUP_SIZES:
             reasons.append(f"its groups have {', '.join(map(str, GROUP_SIZES))} rows, got {problem.group_size}")
         if problem.dtype not in DTYPES:

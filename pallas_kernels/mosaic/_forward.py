@@ -139,7 +139,9 @@ def schedule(segments: Segments, token_tiles: int, programs: int, band: int, blo
     return table
 
 
-def dealt(program, i, *, groups: int, steps: int, token_tiles: int, programs: int, band: int) -> tuple:
+def dealt(
+    program: Any, i: Any, *, groups: int, steps: int, token_tiles: int, programs: int, band: int
+) -> tuple[Any, ...]:
     """The i-th tile of a program where every group has as many steps: tiles are dealt out in turn, band after band.
 
     Working it out takes a program less time than to load it: the first tile of all waits for it.
@@ -283,24 +285,24 @@ def _consumer(refs: Operands, y: Any, scratch: Scratch, work: Work, shape: Shape
     issue = inline(sparse.multiply, registers, *kinds, result=running)
     drain = inline(sparse.drain, registers, result=finished)
 
-    def of_rows(dtype):
+    def of_rows(dtype: Any) -> Any:
         return plgpu.ShapeDtypeStruct((height,), dtype, layout=row_layout)
 
-    def header(i):
+    def header(i: Any) -> Any:
         """Steps, group and token tile of a tile; behind the last one zeros."""
         return work.entry(jnp.minimum(i, work.count))[1:]
 
-    def targets_of(group):
+    def targets_of(group: Any) -> Any:
         load = functools.partial(ptx.stored_rows, count=height, layout=row_layout)
         return inline(load, PLAIN, SPLAT, result=of_rows(jnp.int32))(refs.rows, group * v + warpgroup * rows_first)
 
-    def offsets_of(targets):
+    def offsets_of(targets: Any) -> Any:
         if refs.bias is None:
             return None
         load = functools.partial(ptx.row_bias, m=m, layout=row_layout)
         return inline(load, PLAIN, row_layout, result=of_rows(jnp.float32))(refs.bias, targets)
 
-    def added_to(targets, token_tile):
+    def added_to(targets: Any, token_tile: Any) -> Any:
         load = functools.partial(ptx.load_rows, height=height, width=wide, m=m, tokens=n)
         first_token = token_tile * c.block_tokens + warpgroup * tokens_first
         return inline(load, PLAIN, row_layout, SPLAT, result=loaded)(refs.addend, targets, first_token)
@@ -309,13 +311,13 @@ def _consumer(refs: Operands, y: Any, scratch: Scratch, work: Work, shape: Shape
     # The addend too is read a tile ahead, where that leaves registers.
     early = refs.addend is not None and height * wide <= MOST_EARLY
 
-    def multiply(i, carry):
+    def multiply(i: Any, carry: Any) -> Any:
         # What the epilogue reads comes a tile before it is needed: header, rows and bias are a chain of loads.
         step, steps, token_tile, targets, offsets, added, (next_steps, next_group, next_tile) = carry
         next_targets, after_next = targets_of(next_group), header(i + 2)
         next_added = added_to(next_targets, next_tile) if early else None
 
-        def operands(now):
+        def operands(now: Any) -> Any:
             """This consumer's part of a step's tiles, when they have arrived."""
             slot = lax.rem(now, c.stages)
             plgpu.barrier_wait(scratch.a_full.at[slot])
@@ -325,11 +327,11 @@ def _consumer(refs: Operands, y: Any, scratch: Scratch, work: Work, shape: Shape
                 return [t.at[slot, :, own_rows] for t in weights], scratch.b_tiles.at[slot]
             return [t.at[slot] for t in weights], scratch.b_tiles.at[slot, :, own_tokens]
 
-        def release(now):
+        def release(now: Any) -> None:
             plgpu.barrier_arrive(scratch.empty.at[lax.rem(now, c.stages)])
 
-        def multiply_dense(acc):
-            def one(k, _):
+        def multiply_dense(acc: Any) -> Any:
+            def one(k: Any, _: Any) -> None:
                 (a,), b = operands(step + k)
                 plgpu.wgmma(acc, a.transpose((1, 0)), b)
                 plgpu.wgmma_wait(1)  # all but the one just issued
@@ -340,8 +342,8 @@ def _consumer(refs: Operands, y: Any, scratch: Scratch, work: Work, shape: Shape
             pl.when(steps > 0)(lambda: release(step + steps - 1))
             return acc[...]
 
-        def multiply_sparse():
-            def one(k, acc):
+        def multiply_sparse() -> Any:
+            def one(k: Any, acc: Any) -> Any:
                 (a, pairs), b = operands(step + k)
                 acc = issue(acc, a, pairs, b)  # waits for all that was issued before
                 pl.when(k > 0)(lambda: release(step + k - 1))
@@ -382,19 +384,20 @@ def _producer(refs: Operands, scratch: Scratch, work: Work, shape: Shape, config
     copies = [(refs.values, scratch.a_tiles), (refs.pairs, scratch.pair_tiles)]
     gather = inline(
         functools.partial(
-            ptx.gather, tokens=x.shape[1] if shape.window is None else shape.n, block_k=c.block_k, block_tokens=c.block_tokens,
-            first=2 * ptx.WARPGROUP, sentinel=x.shape[0] if shape.sentinels else None, window=shape.window, masked=id_words == 2,
+            ptx.gather, tokens=x.shape[1] if shape.window is None else shape.n, block_k=c.block_k,
+            block_tokens=c.block_tokens, first=2 * ptx.WARPGROUP, sentinel=x.shape[0] if shape.sentinels else None,
+            window=shape.window, masked=id_words == 2,
         ),
         PLAIN, PLAIN, plgpu.RefType(_tiled(c.block_tokens)), PLAIN, SPLAT, SPLAT,
     )  # fmt: skip
 
-    def fetch_ids(step, cursor):
+    def fetch_ids(step: Any, cursor: Any) -> Any:
         """Fetches the ids of a step, `cursor` telling where they are: (tile, block of slots, steps left)."""
         tile, block, left = cursor
         place = lax.rem(step, ring)
 
         @pl.when(left > 0)
-        def _copy():
+        def _copy() -> None:
             some = pl.ds(block * c.block_k * id_words, c.block_k * id_words)
             plgpu.copy_gmem_to_smem(refs.ids.at[some], scratch.ids.at[place], scratch.ids_full.at[place])
 
@@ -405,7 +408,7 @@ def _producer(refs: Operands, scratch: Scratch, work: Work, shape: Shape, config
             lambda: (tile, block + 1, left - 1),
         )
 
-    def copy_weights(step, block):
+    def copy_weights(step: Any, block: Any) -> None:
         slot = lax.rem(step, c.stages)
         for source, tiles in copies:
             if source is None:
@@ -414,15 +417,15 @@ def _producer(refs: Operands, scratch: Scratch, work: Work, shape: Shape, config
             piece = source.at[pl.ds(block * rows, rows)]
             plgpu.copy_gmem_to_smem(piece, tiles.at[slot], scratch.a_full.at[slot])
 
-    def tile(i, carry):
+    def tile(i: Any, carry: Any) -> Any:
         block, steps, _, token_tile = entry(i)
 
-        def one(k, carry):
+        def one(k: Any, carry: Any) -> Any:
             step, cursor = carry
             slot, place = lax.rem(step, c.stages), lax.rem(step, ring)
 
             @pl.when(step >= c.stages)
-            def _wait_for_room():
+            def _wait_for_room() -> None:
                 plgpu.barrier_wait(scratch.empty.at[slot])
 
             pl.when(step >= early)(lambda: copy_weights(step, block + k))

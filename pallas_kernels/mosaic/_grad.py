@@ -60,24 +60,24 @@ def product(
         inline(functools.partial(ptx.init_barriers, count=c.stages, arrivals=ptx.WARPGROUP), PLAIN)(scratch.gathered)
         mine = lax.div(tiles - program + (programs - 1), programs)
 
-        def place(i):
+        def place(i: Any) -> Any:
             """(group, first slot, end of the group's slots) of this program's tile i."""
             tile = program + i * programs
             group, part = lax.div(tile, tiles_of_group), lax.rem(tile, tiles_of_group)
             return group, group * count + part * c.block_slots, (group + 1) * count
 
         @pl.when(warpgroup == 2)
-        def _produce():
+        def _produce() -> Any:
             plgpu.set_max_registers(c.registers[1], action="decrease")
 
-            def load(ids, first, size):
+            def load(ids: Any, first: Any, size: Any) -> Any:
                 """The ids of the rows that this thread copies."""
                 layout = plgpu.Layout.WG_STRIDED((size * 8,), vec_size=1)
                 kind = plgpu.ShapeDtypeStruct((size * 8,), jnp.dtype(jnp.int32), layout=layout)
                 function = functools.partial(ptx.copied_rows, count=size, most=ids.shape[0] - 1, layout=layout)
                 return layout, inline(function, PLAIN, SPLAT, result=kind)(ids, first)
 
-            def tile(i, step):
+            def tile(i: Any, step: Any) -> Any:
                 group, first, _ = place(i)
                 a_layout, a_ids = load(columns, first, c.block_slots)
                 b_layout, b_ids = load(rows, group * v, v)
@@ -85,11 +85,11 @@ def product(
                 copy_a = inline(copy, PLAIN, a_layout, swizzled, SPLAT)
                 copy_b = inline(copy, PLAIN, b_layout, swizzled, SPLAT)
 
-                def one(k, step):
+                def one(k: Any, step: Any) -> Any:
                     slot = lax.rem(step, c.stages)
 
                     @pl.when(step >= c.stages)
-                    def _wait_for_room():
+                    def _wait_for_room() -> None:
                         plgpu.barrier_wait(scratch.empty.at[slot])
 
                     copy_a(x, a_ids, scratch.a_tiles.at[slot], k)
@@ -102,15 +102,15 @@ def product(
             lax.fori_loop(0, mine, tile, jnp.int32(0))
 
         @pl.when(warpgroup < 2)
-        def _consume():
+        def _consume() -> Any:
             plgpu.set_max_registers(c.registers[0], action="increase")
             height = c.block_slots // 2
             row_layout = plgpu.Layout.WGMMA.reduce(1)
             wait = inline(functools.partial(ptx.wait, stages=c.stages), PLAIN, SPLAT)
 
-            def multiply(i, step):
-                def accumulate(acc):
-                    def one(k, _):
+            def multiply(i: Any, step: Any) -> Any:
+                def accumulate(acc: Any) -> Any:
+                    def one(k: Any, _: Any) -> None:
                         now = step + k
                         slot = lax.rem(now, c.stages)
                         wait(scratch.gathered, now)
@@ -119,7 +119,7 @@ def product(
                         plgpu.wgmma_wait(1)  # all but the one just issued
 
                         @pl.when(k > 0)
-                        def _release():
+                        def _release() -> None:
                             plgpu.barrier_arrive(scratch.empty.at[lax.rem(now - 1, c.stages)])
 
                     lax.fori_loop(0, steps, one, None)

@@ -5,6 +5,7 @@ values and arrays as registers of a thread, and emits the instructions of one th
 """
 
 import contextlib
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,13 +18,15 @@ from jaxlib.mlir.dialects import math as mlir_math
 from pallas_kernels._activations import GELU
 from pallas_kernels._window import Window
 
+Value = Any  # an MLIR value, whose bindings have no types: a number of this thread, or a reference to memory
+Registers = Any  # an array in the registers of a warpgroup's threads, `fa.FragmentedArray`
 WARPGROUP = 128
 CHUNK = 16  # bytes that one asynchronous copy moves: eight two-byte tokens
 ROWS_APART = 16  # of the rows that one thread copies 16 of 128 bytes of
 TILE_ROWS, TILE_BYTES = 8, 128  # the unit of the swizzled layout: eight rows of up to 128 bytes to a tile
 
 
-def init_barriers(barriers, *, count: int, arrivals: int) -> None:
+def init_barriers(barriers: Value, *, count: int, arrivals: int) -> None:
     """Makes `count` barriers of `arrivals` arrivals each, and lets every thread of the program see them."""
     thread = _thread()
     with utils.when(arith.cmpi(arith.CmpIPredicate.ult, thread, _i32(count))):
@@ -31,7 +34,7 @@ def init_barriers(barriers, *, count: int, arrivals: int) -> None:
     gpu.barrier()
 
 
-def wait(barriers, step, *, stages: int) -> None:
+def wait(barriers: Value, step: Registers, *, stages: int) -> None:
     """Waits until the gather of a step has arrived, and makes what it wrote visible to the tensor cores."""
     step = step.registers.item()
     address = _barrier(barriers, arith.remui(step, _i32(stages)))
@@ -46,7 +49,8 @@ def wait(barriers, step, *, stages: int) -> None:
 
 
 def gather(
-    x, ids, tile, barriers, token_tile, slot, *, tokens: int, block_k: int, block_tokens: int, first: int,
+    x: Value, ids: Value, tile: Any, barriers: Value, token_tile: Registers, slot: Registers,
+    *, tokens: int, block_k: int, block_tokens: int, first: int,
     sentinel: int | None = None, window: Window | None = None, masked: bool = False,
 ) -> None:  # fmt: skip
     """Starts copying `block_k` rows of the right side, `block_tokens` wide, to shared memory.
@@ -108,7 +112,8 @@ def gather(
                 offset = arith.addi(_mul(index, TILE_ROWS * row_bytes), _mul(in_tile, row_bytes))
                 turn = arith.divui(in_tile, _i32(TILE_ROWS // row_chunks))
                 offset = arith.addi(offset, _mul(arith.xori(turn, chunk_in_tile), CHUNK))
-                place, size = arith.addi(target, offset), []  # bytes to read; the others of the 16 are zeros
+                place = arith.addi(target, offset)
+                size: list[Value] = []  # bytes to read; the others of the 16 are zeros
                 if masked:
                     bits, column = arith.trunci(i32, arith.shrui(column, _i64(32))), arith.trunci(i32, column)
                     met = arith.cmpi(arith.CmpIPredicate.eq, arith.andi(bits, inside), bits)
@@ -123,7 +128,7 @@ def gather(
     _emit("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [$0];", [barrier])
 
 
-def copied_rows(ids, first, *, count: int, most: int, layout):
+def copied_rows(ids: Value, first: Registers, *, count: int, most: int, layout: Any) -> Any:
     """Loads which rows this thread copies: the ids `first + row` for every 16th row of `count`, see `copy_rows`.
 
     Args:
@@ -143,7 +148,7 @@ def copied_rows(ids, first, *, count: int, most: int, layout):
     return _row_array(found, count * WARPGROUP // ROWS_APART, layout, is_signed=True)
 
 
-def copy_rows(x, ids, tile, step, *, tokens: int) -> None:
+def copy_rows(x: Value, ids: Value, tile: Any, step: Registers, *, tokens: int) -> None:
     """Starts copying 64 tokens of some rows, `step` times 64 tokens into them, to swizzled shared memory.
 
     Eight neighbouring threads copy the 128 bytes of a row; a thread copies one chunk of every 16th row.
@@ -166,13 +171,13 @@ def copy_rows(x, ids, tile, step, *, tokens: int) -> None:
         _emit(f"cp.async.cg.shared.global [$0], [$1], {CHUNK};", [to, address])
 
 
-def arrive(barriers, slot) -> None:
+def arrive(barriers: Value, slot: Registers) -> None:
     """Lets the copies this thread has started arrive on the barrier of a slot when they are done."""
     barrier = _barrier(barriers, slot.registers.item())
     _emit("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [$0];", [barrier])
 
 
-def counted_rows(first, end, *, count: int, none: int, layout):
+def counted_rows(first: Registers, end: Registers, *, count: int, none: int, layout: Any) -> Any:
     """The numbers of the rows of an accumulator, `first` and on, `none` for those from `end` on; see `stored_rows`."""
     at = arith.addi(first.registers.item(), _row_of_thread())
     found = []
@@ -184,7 +189,7 @@ def counted_rows(first, end, *, count: int, none: int, layout):
     return _row_array(found, count, layout, is_signed=True)
 
 
-def _corner(token, window: Window, batch: int) -> tuple:
+def _corner(token: Value, window: Window, batch: int) -> tuple[Value, ...]:
     """Where a token's output position has its first tap, in bytes from the first pixel, and the bits of its taps.
 
     A tap has the bits i and kh + j: of its row and its column of the filter, if those lie inside of the image.
@@ -209,7 +214,7 @@ def _corner(token, window: Window, batch: int) -> tuple:
     return start, inside
 
 
-def stored_rows(rows, first, *, count: int, layout):
+def stored_rows(rows: Any, first: Registers, *, count: int, layout: Any) -> Any:
     """Loads where the rows of an accumulator go: (count,) int32, `rows[first:first + count]` in the given layout."""
     i32 = ir.IntegerType.get_signless(32)
     at = arith.addi(first.registers.item(), _row_of_thread())
@@ -222,7 +227,7 @@ def stored_rows(rows, first, *, count: int, layout):
     return _row_array(found, count, layout, is_signed=True)
 
 
-def row_bias(bias, rows, *, m: int, layout):
+def row_bias(bias: Value, rows: Any, *, m: int, layout: Any) -> Any:
     """Loads a (M,) two-byte bias at some rows, as float32, zero for rows that are not below M; see `stored_rows`."""
     i32, i16, f32 = ir.IntegerType.get_signless(32), ir.IntegerType.get_signless(16), ir.F32Type.get()
     dtype = ir.MemRefType(bias.type).element_type
@@ -237,7 +242,7 @@ def row_bias(bias, rows, *, m: int, layout):
     return _row_array(found, rows.registers.size * 32, layout, is_signed=None)
 
 
-def gelu(y):
+def gelu(y: Value) -> Any:
     """Computes gelu (the tanh approximation) of an accumulator: four multiplications or fused ones beside the tanh.
 
     The compiler fuses no multiplication with an addition by itself, and the epilogue is bound by its instructions.
@@ -247,16 +252,16 @@ def gelu(y):
     return _fused(half, inner.tanh(approx=True), half)
 
 
-def silu(y):
+def silu(y: Value) -> Any:
     """Computes silu of an accumulator; see `gelu`."""
     half = y * 0.5
     return _fused(half, half.tanh(approx=True), half)
 
 
-def _fused(a, b, c):
+def _fused(a: Any, b: Any, c: Any) -> Any:
     """Computes a * b + c with one rounding; a is an array of float32, b and c are such arrays or numbers."""
 
-    def registers(other):
+    def registers(other: Any) -> Any:
         if isinstance(other, fa.FragmentedArray):
             return list(other.registers.flat)
         kind = a.registers.flat[0].type
@@ -268,7 +273,7 @@ def _fused(a, b, c):
     return fa.FragmentedArray(_registers=found.reshape(a.registers.shape), _layout=a.layout, _is_signed=None)
 
 
-def store_rows(y, tile, rows, first_token, *, m: int, tokens: int) -> None:
+def store_rows(y: Value, tile: Any, rows: Any, first_token: Registers, *, m: int, tokens: int) -> None:
     """Stores a (rows, tokens) two-byte tile, each row where `rows` says; rows and tokens out of range are dropped.
 
     A thread holds two neighbouring tokens of every eight. Four neighbouring threads exchange theirs, so that each has
@@ -293,7 +298,7 @@ def store_rows(y, tile, rows, first_token, *, m: int, tokens: int) -> None:
         _emit(store, [address, *words, live])
 
 
-def load_rows(x, rows, first_token, *, height: int, width: int, m: int, tokens: int):
+def load_rows(x: Value, rows: Any, first_token: Registers, *, height: int, width: int, m: int, tokens: int) -> Any:
     """Starts loading what `store_rows` would store: a (height, width) two-byte tile, zeros where it is out of range.
 
     Args:
@@ -315,7 +320,7 @@ def load_rows(x, rows, first_token, *, height: int, width: int, m: int, tokens: 
     return _accumulator(packed, dtype)
 
 
-def exchange_rows(tile):
+def exchange_rows(tile: Any) -> Any:
     """Puts what `load_rows` returned in the order of a wgmma accumulator."""
     packed = _words(tile)
     quad = arith.remui(_thread(), _i32(4))
@@ -326,7 +331,7 @@ def exchange_rows(tile):
     return _accumulator(packed, tile.mlir_dtype)
 
 
-def _words(tile):
+def _words(tile: Any) -> Any:
     """The 32-bit registers that a thread holds of a two-byte tile in the layout of a wgmma accumulator.
 
     Returns:
@@ -337,7 +342,7 @@ def _words(tile):
     return words.reshape(height // 64, width // 8, 2)
 
 
-def _accumulator(words, dtype):
+def _accumulator(words: Any, dtype: ir.Type) -> Any:
     """The inverse of `_words`."""
     blocks, eights, _ = words.shape
     registers = _objects([utils.bitcast(word, ir.VectorType.get((2,), dtype)) for word in words.flat])
@@ -345,7 +350,7 @@ def _accumulator(words, dtype):
     return fa.FragmentedArray(_registers=registers, _layout=fa.WGMMA_LAYOUT, _is_signed=None)
 
 
-def _runs(array, rows, first_token, width: int, m: int, tokens: int):
+def _runs(array: Any, rows: Any, first_token: Registers, width: int, m: int, tokens: int) -> Iterator[Any]:
     """The 16-byte runs of a (M, tokens) array that a thread holds of a tile after an exchange.
 
     Yields:
@@ -364,7 +369,7 @@ def _runs(array, rows, first_token, width: int, m: int, tokens: int):
             yield block, i, half, address, arith.extui(ir.IntegerType.get_signless(32), live)
 
 
-def _load_words(address, live) -> list:
+def _load_words(address: Value, live: Value) -> list[Value]:
     """Four 32-bit words of global memory, zeros where `live` is 0."""
     i32 = ir.IntegerType.get_signless(32)
     load = (
@@ -376,7 +381,7 @@ def _load_words(address, live) -> list:
     return [llvm.extractvalue(i32, words, [i]) for i in range(4)]
 
 
-def _store_pairs(y, tile, rows, first_token, *, m: int, tokens: int) -> None:
+def _store_pairs(y: Value, tile: Any, rows: Any, first_token: Registers, *, m: int, tokens: int) -> None:
     """`store_rows` without the exchange."""
     i32 = ir.IntegerType.get_signless(32)
     width = tile.shape[1]
@@ -399,7 +404,7 @@ def _store_pairs(y, tile, rows, first_token, *, m: int, tokens: int) -> None:
                 _emit(store, [address, packed[block, i, half], arith.extui(i32, live)])
 
 
-def _exchange(words, quad):
+def _exchange(words: Any, quad: Value) -> Any:
     """Transposes four words across four neighbouring threads: thread q gets word q of each, in the threads' order."""
     words = list(words)
     for distance in (1, 2):
@@ -414,38 +419,38 @@ def _exchange(words, quad):
     return words
 
 
-def _row_and_chunk():
+def _row_and_chunk() -> Any:
     """The first row this thread copies 16 bytes of, and which 16 of its 128 bytes; the same in every warpgroup."""
     thread = arith.remui(_thread(), _i32(WARPGROUP))
     chunks = _i32(TILE_BYTES // CHUNK)
     return arith.divui(thread, chunks), arith.remui(thread, chunks)
 
 
-def _row_of_thread():
+def _row_of_thread() -> Any:
     """The first row of a 64-row accumulator block that this thread holds."""
     thread = arith.remui(_thread(), _i32(WARPGROUP))
     warp, lane = arith.divui(thread, _i32(32)), arith.remui(thread, _i32(32))
     return arith.addi(_mul(warp, 16), arith.divui(lane, _i32(4)))
 
 
-def _row_array(values, count: int, layout, is_signed):
+def _row_array(values: Any, count: int, layout: Any, is_signed: bool | None) -> Any:
     shape = layout.to_mgpu().registers_shape((count,))
     kind = ir.VectorType.get((1,), values[0].type)
     registers = _objects([vector.broadcast(kind, value) for value in values])
     return fa.FragmentedArray(_registers=registers.reshape(shape), _layout=layout.to_mgpu(), _is_signed=is_signed)
 
 
-def _objects(values) -> np.ndarray:
+def _objects(values: Any) -> np.ndarray:
     found = np.empty(len(values), dtype=object)
     found[:] = values
     return found
 
 
-def _scalar(register):
+def _scalar(register: Value) -> Any:
     return vector.extract(register, dynamic_position=[], static_position=ir.DenseI64ArrayAttr.get([0]))
 
 
-def _emit(ptx: str, operands, result: ir.Type | None = None) -> Any:
+def _emit(ptx: str, operands: Sequence[Value], result: ir.Type | None = None) -> Any:
     """One inline-PTX operation: integers only, 32 or 64 bits wide, and at most one result."""
     i64 = ir.IntegerType.get_signless(64)
     constraints = ["l" if o.type == i64 else "r" for o in operands]
@@ -454,41 +459,41 @@ def _emit(ptx: str, operands, result: ir.Type | None = None) -> Any:
     return llvm.inline_asm(kind, operands, ptx, ",".join(constraints), asm_dialect=0, has_side_effects=True)
 
 
-def _i32(value: int):
+def _i32(value: int) -> Any:
     return utils.c(value, ir.IntegerType.get_signless(32))
 
 
-def _i64(value: int):
+def _i64(value: int) -> Any:
     return utils.c(value, ir.IntegerType.get_signless(64))
 
 
-def _mul(value, factor: int):
+def _mul(value: Value, factor: int) -> Any:
     return arith.muli(value, _i32(factor))
 
 
-def _wide(value):
+def _wide(value: Value) -> Any:
     return arith.extui(ir.IntegerType.get_signless(64), value)
 
 
-def _signed(value):
+def _signed(value: Value) -> Any:
     return arith.extsi(ir.IntegerType.get_signless(64), value)
 
 
-def _is_equal(value, constant: int):
+def _is_equal(value: Value, constant: int) -> Any:
     return arith.cmpi(arith.CmpIPredicate.eq, value, _i32(constant))
 
 
-def _thread():
+def _thread() -> Any:
     return utils.thread_idx()
 
 
-def _shared(ref):
+def _shared(ref: Value) -> Any:
     return llvm.ptrtoint(ir.IntegerType.get_signless(32), utils.memref_ptr(ref))
 
 
-def _global(ref):
+def _global(ref: Value) -> Any:
     return llvm.ptrtoint(ir.IntegerType.get_signless(64), utils.memref_ptr(ref))
 
 
-def _barrier(barriers, index):
+def _barrier(barriers: Value, index: Value) -> Any:
     return arith.addi(_shared(barriers), _mul(index, 8))

@@ -16,12 +16,13 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm, nvvm
 
 from pallas_kernels.mosaic import _ptx as ptx
+from pallas_kernels.mosaic._ptx import Registers, Value
 
 ROWS, SLOTS = 64, 32  # of an instruction
 VALUES = SLOTS // 2
 
 
-def zeros(*, shape: tuple[int, int], layout) -> fa.FragmentedArray:
+def zeros(*, shape: tuple[int, int], layout: Any) -> fa.FragmentedArray:
     """Accumulators to begin with."""
     zero = utils.c(0.0, ir.F32Type.get())
     start = fa.optimization_barrier(fa.FragmentedArray.splat(zero, shape, layout.to_mgpu()))
@@ -29,7 +30,7 @@ def zeros(*, shape: tuple[int, int], layout) -> fa.FragmentedArray:
     return start
 
 
-def multiply(acc, a, pairs, b) -> fa.FragmentedArray:
+def multiply(acc: Registers, a: Value, pairs: Value, b: Value) -> fa.FragmentedArray:
     """Waits for all that was started before, then starts acc += W x for the slots of a step.
 
     The tensor cores read the registers of pairs while they work, and the compiler does not know it: loaded any
@@ -69,13 +70,13 @@ def multiply(acc, a, pairs, b) -> fa.FragmentedArray:
     return fa.FragmentedArray(_registers=registers, _layout=acc.layout, _is_signed=None)
 
 
-def drain(acc) -> fa.FragmentedArray:
+def drain(acc: Registers) -> fa.FragmentedArray:
     """The accumulators when all products are done."""
     nvvm.wgmma_wait_group_sync_aligned(0)
     return fa.optimization_barrier(acc).to_layout(fa.WGMMA_LAYOUT)
 
 
-def _register(pairs, block: int, part: int):
+def _register(pairs: Value, block: int, part: int) -> Any:
     """Loads this thread's register of pairs for the 64 rows of a block and the 64 slots of a part of a step."""
     thread = arith.remui(utils.thread_idx(), ptx._i32(ptx.WARPGROUP))
     warp, lane = arith.divui(thread, ptx._i32(32)), arith.remui(thread, ptx._i32(32))
@@ -91,16 +92,18 @@ def _register(pairs, block: int, part: int):
     return ptx._emit(load, [low, arith.xori(low, ptx._i32(16))], ir.IntegerType.get_signless(32))
 
 
-def _strides(ref) -> list[int]:
+def _strides(ref: Value) -> list[int]:
     return ir.MemRefType(ref.type).get_strides_and_offset()[0]
 
 
-def _moved(descriptor, offset: int):
+def _moved(descriptor: Value, offset: int) -> Any:
     """The descriptor of what lies `offset` bytes further."""
     return arith.addi(descriptor, ptx._i64(mma_utils.encode_addr(offset)))
 
 
-def _instruction(acc: np.ndarray, a, b, pairs, half: int, tokens: int, dtype: ir.Type) -> np.ndarray:
+def _instruction(
+    acc: np.ndarray, a: Value, b: Value, pairs: Value, half: int, tokens: int, dtype: ir.Type
+) -> np.ndarray:
     """One product of 64 rows; `half` says which threads' pairs it reads."""
     count, f32 = tokens // 2, ir.VectorType.get((1,), ir.F32Type.get())
     held = "{" + ", ".join(f"${i}" for i in range(count)) + "}"

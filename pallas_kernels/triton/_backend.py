@@ -1,6 +1,7 @@
 """The Triton backend: what its kernels can do, and the way to each of them."""
 
 import dataclasses
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -30,8 +31,8 @@ class Triton(Backend):
     Their modules are imported where they are called: JAX has deprecated Pallas-Triton, and may come without it.
     """
 
-    name: str = "triton"
-    platforms: tuple[str, ...] = ("cuda",)
+    name: ClassVar[str] = "triton"
+    platforms: ClassVar[tuple[str, ...]] = ("cuda",)
 
     def missing(self, gpu: GPU | None) -> str:
         """See `Backend.missing`."""
@@ -43,7 +44,8 @@ class Triton(Backend):
 
     def why_not(self, problem: Problem) -> list[str]:
         """See `Backend.why_not`."""
-        reasons, v = [], problem.group_size
+        reasons: list[str] = []
+        v = problem.group_size
         if v < 16 or v & (v - 1):
             reasons.append(f"its groups have 16, 32, 64, ... rows, got {v}")
         if problem.dtype not in DTYPES:

@@ -92,7 +92,7 @@ def grad_values(
 
 
 def padded_batch(batch: int) -> int:
-    """The batch that kernels see: one that is not small is padded, so that runs of it can be loaded 16 bytes at a time."""
+    """The batch that kernels see: padded, unless it is small, so that runs of it can be loaded 16 bytes at a time."""
     return batch if batch < VECTOR else -(-batch // VECTOR) * VECTOR
 
 

@@ -129,7 +129,7 @@ def product(
 
 
 Gather = Callable[[Any, jax.Array, jax.Array | None], Callable[[jax.Array, jax.Array | None], jax.Array]]
-"""(references to the operands, slots, which are live) -> (tokens, live ones) -> a tile (slots, tokens) of the right side."""
+"""(references to the operands, slots, live ones) -> (tokens, live ones) -> a tile (slots, tokens) of the right side."""
 
 
 def grad_values(

@@ -79,8 +79,8 @@ def forward(
 
         def load_columns(step: Any) -> tuple[jax.Array, ...]:
             ids, live = word_ids(step)
-            options = {} if live is None else {"mask": live, "other": k}
-            return tuple(plgpu.load(refs.columns.at[WORD * ids + slot], **options) for slot in range(WORD))
+            other = None if live is None else k
+            return tuple(plgpu.load(refs.columns.at[WORD * ids + i], mask=live, other=other) for i in range(WORD))
 
         def multiply(step: Any, columns: tuple[jax.Array, ...], acc: jax.Array) -> jax.Array:
             ids, live = word_ids(step)

@@ -1,7 +1,7 @@
 """The XLA backend: every problem, on every platform."""
 
 import dataclasses
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 
@@ -18,8 +18,8 @@ from pallas_kernels.xla import _conv, _layout, _matmul
 class XLA(Backend):
     """Plain XLA, in the forms that are fastest on a CPU. It is asked last, on every platform."""
 
-    name: str = "xla"
-    platforms: tuple[str, ...] = ()
+    name: ClassVar[str] = "xla"
+    platforms: ClassVar[tuple[str, ...]] = ()
 
     def why_not(self, problem: Problem) -> list[str]:
         """There is nothing that it cannot do."""

@@ -49,7 +49,8 @@ class CPULayout(MatrixLayout):
         return self._transposed(slots, to_slots=False) if self.k_contiguous else slots
 
     def _transposed(self, values: jax.Array, *, to_slots: bool) -> jax.Array:
-        v, start, parts = self.group_size, 0, []
+        parts: list[jax.Array] = []
+        v, start = self.group_size, 0
         for groups, count in self.segments or ():
             shape = (groups, v, count) if to_slots else (groups, count, v)
             part = values[start : start + groups * count].reshape(shape)

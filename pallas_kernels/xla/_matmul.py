@@ -8,6 +8,7 @@ segments have the same length form a run, one batched product. Values of an unpr
 import dataclasses
 import functools
 from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -57,7 +58,7 @@ def gathered_product(
     loop = _is_large(layout, n, token_bytes)
     spec = "gvc,gcn->gvn" if layout.k_contiguous else "gcv,gcn->gvn"
 
-    def product(run):
+    def product(run: _Run) -> jax.Array:
         y = _einsum(spec, run.values, gather(run.columns, run.sentinels), precision)
         return y.reshape(y.shape[0] * y.shape[1], y.shape[2])
 
@@ -69,8 +70,8 @@ def token_major(values: jax.Array, layout: CPULayout, x: jax.Array, precision: l
     """W x for every row of x, (N, K) to (N, M), without a transposition: gathers of columns are cheaper on a CPU."""
     spec = "gnc,gvc->gnv" if layout.k_contiguous else "gnc,gcv->gnv"
 
-    def product(run):
-        def gather(x, columns):
+    def product(run: _Run) -> jax.Array:
+        def gather(x: jax.Array, columns: jax.Array) -> jax.Array:
             return jnp.stack([_columns_of(x, group, run.sentinels) for group in columns])
 
         y = _einsum(spec, _apart(gather, layout, x, run.columns), run.values, precision)
@@ -91,7 +92,7 @@ def _apart(function: Callable[..., jax.Array], layout: CPULayout, *arrays: jax.A
     """
     shape = jax.eval_shape(function, *arrays)
 
-    def branches(holds, *arrays):
+    def branches(holds: jax.Array, *arrays: jax.Array) -> jax.Array:
         return lax.cond(holds, function, lambda *_: jnp.zeros(shape.shape, shape.dtype), *arrays)
 
     holds = layout.group_ptr[-1] >= 0
@@ -113,7 +114,7 @@ def _by_products(
 
     A loop reuses its buffers, and what it returns for one run is one array.
     """
-    parts = []
+    parts: list[jax.Array] = []
     for run in runs:
         groups, count = run.columns.shape
         limit = LOOP_GATHER_BYTES if loop else GATHER_BYTES
@@ -144,7 +145,7 @@ def _store(a: jax.Array) -> jax.Array:
         return a
     first = a[(0,) * a.ndim]
 
-    def carried(a):
+    def carried(a: jax.Array) -> jax.Array:
         return lax.fori_loop(0, 2, lambda _, b: b.at[(0,) * a.ndim].set(first), a)
 
     return lax.platform_dependent(a, cpu=carried, default=lambda a: a)
@@ -166,7 +167,7 @@ def gathered_gradient(
     v, known = layout.group_size, layout.segments is not None
     spec = "gcn,gvn->gvc" if layout.k_contiguous else "gcn,gvn->gcv"
 
-    def product(run):
+    def product(run: _Run) -> jax.Array:
         gathered = gather(run.columns, run.sentinels)
         gradient = _einsum(spec, gathered, _rows_of(dy, run.rows), precision)
         return gradient.reshape(-1, v) if known else gradient
@@ -188,7 +189,7 @@ def grad_input(matrix: Prepared, dy: jax.Array, precision: lax.PrecisionLike, *,
     layout = matrix.layout
     groups, v, k = layout.num_groups, layout.group_size, layout.k
 
-    def product(dense, rows):
+    def product(dense: jax.Array, rows: jax.Array) -> jax.Array:
         if layout.rows.shape[-1] > layout.m:  # what sentinel rows hold must not meet a product
             dense = jnp.where(rows < layout.m, dense, 0)
         if token_major:
@@ -205,7 +206,7 @@ def grad_input(matrix: Prepared, dy: jax.Array, precision: lax.PrecisionLike, *,
     rows = jnp.pad(layout.rows, (0, missing * v), constant_values=layout.m)
     values = layout.slot_values(matrix.values)
 
-    def add(i, total):
+    def add(i: jax.Array, total: jax.Array) -> jax.Array:
         here = lax.dynamic_slice_in_dim(index, i * step, step, 1)
         dense = values.at[here].get(mode="fill", fill_value=0).reshape(k, step * v)
         return total + product(dense, lax.dynamic_slice_in_dim(rows, i * step * v, step * v))
@@ -253,10 +254,10 @@ def _columns_of(array: jax.Array, index: jax.Array, sentinels: bool) -> jax.Arra
 _GATHER_MODE = {True: "fill", False: "promise_in_bounds"}
 
 
-def _einsum(spec: str, a: jax.Array, b: jax.Array, precision: lax.PrecisionLike) -> jax.Array:
+def _einsum(spec: str, a: Any, b: Any, precision: lax.PrecisionLike) -> jax.Array:
     dtype = jnp.promote_types(a.dtype, jnp.float32)
 
-    def product(a, b):
+    def product(a: jax.Array, b: jax.Array) -> jax.Array:
         return jnp.einsum(spec, a, b, precision=precision, preferred_element_type=dtype)
 
     if a.dtype == dtype:

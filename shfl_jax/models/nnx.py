@@ -101,7 +101,7 @@ def sparsify(
     return model
 
 
-class Topology(nnx.Variable):
+class Topology(nnx.Variable[Any]):
     """The Variable type of a compressed kernel's integers, so that no filter for `nnx.Param` finds them."""
 
 

@@ -84,7 +84,8 @@ def compress(
         raise ValueError(f"tokens are counts of at least 1, got {tokens}")
     kernels = path_leaves(params)
     _check_untied(kernels, masks)
-    values, topology = {}, {}
+    values: dict[str, Any] = {}
+    topology: dict[str, CompressedLayer] = {}
     for spec in masks.specs:
         expected = counts[spec.path]
         if spec.path not in kernels:
@@ -191,7 +192,8 @@ def matrices(sparse: Mapping[str, Any]) -> dict[str, RowGrouped | Prepared]:
     Raises:
         ValueError: this is no compressed model, or its two halves do not belong together.
     """
-    params, found = path_leaves(sparse["params"]) if "params" in sparse else {}, {}
+    params: dict[str, Any] = path_leaves(sparse["params"]) if "params" in sparse else {}
+    found: dict[str, RowGrouped | Prepared] = {}
     for path, layer in layers(sparse).items():
         if path not in params:
             raise ValueError(f"'topology' has {path!r}, 'params' has not; pass both as `compress` returned them")

@@ -167,14 +167,13 @@ def test_the_default_takes_it_where_every_multiprocessor_has_a_tile(m, n, taken)
 def test_dvalues_take_it_where_every_multiprocessor_has_a_tile(count, n, m, taken):
     x, dy = jnp.zeros((1024, n), jnp.bfloat16), jnp.zeros((m, n), jnp.bfloat16)
 
-    def pull(layout, matrix, x, dy):
-        call = functools.partial(pk.matmul, layout=layout, implementation="triton" if n == 0 else None)
-        return jax.vjp(lambda values: call(pk.join(values, matrix.integers), x), matrix.values)[1](dy)
+    def pull(major, matrix, x, dy):
+        return jax.vjp(lambda v: pk.matmul(pk.join(v, matrix.integers), x, layout=major), matrix.values)[1](dy)
 
     matrix = tune.random_matrix(m, 1024, 1 - count / 1024, 128)
-    for layout in ("feature_major", "token_major"):
-        args = (x, dy) if layout == "feature_major" else (x.T, dy.T)
-        text = lower(functools.partial(pull, layout), matrix, *args)
+    for major in ("feature_major", "token_major"):
+        args = (x, dy) if major == "feature_major" else (x.T, dy.T)
+        text = lower(functools.partial(pull, major), matrix, *args)
         assert (
             "row_grouped_grad_values" in text and "mosaic_gpu" in kernel_of(text, "row_grouped_grad_values")
         ) == taken
