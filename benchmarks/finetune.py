@@ -62,7 +62,7 @@ def random_masks(specs: dict[str, LayerSpec], params: Any, seed: int = 0) -> Mas
     rng, found, leaves = np.random.default_rng(seed), {}, shfl_jax.path_leaves(params)
     for path, spec in specs.items():
         pattern, shape = spec.pattern, spec.matrix_shape
-        assert isinstance(pattern, ShflBW)
+        assert pattern.searches_rows
         rows = jnp.asarray(rng.permutation(shape[0]), jnp.int32)
         scores = jnp.abs(spec.to_matrix(leaves[path]))
         choose = jax.jit(functools.partial(pattern.mask_of_rows, count=pattern.count(shape)))

@@ -1,6 +1,6 @@
 """Sparsity patterns, masks and formats for Flax models that really run faster."""
 
-from shfl_jax import pruning
+from shfl_jax import patterns, pruning
 from shfl_jax._layers import LayerSpec
 from shfl_jax._paths import path_leaves, update_paths
 from shfl_jax.models import Plan, linen, nnx
@@ -59,6 +59,7 @@ __all__ = [
     "mask",
     "nnx",
     "path_leaves",
+    "patterns",
     "prepare",
     "prune_one_shot",
     "pruning",

@@ -55,7 +55,11 @@ def update_paths(tree: Any, leaves: Mapping[str, Any]) -> Any:
     unknown = set(leaves) - set(path_leaves(tree))
     if unknown:
         raise ValueError(f"the tree has no leaf {sorted(unknown)}; it has {sorted(path_leaves(tree))}")
-    return jax.tree_util.tree_map_with_path(lambda keys, leaf: leaves.get(key_path(keys), leaf), tree)
+
+    def replaced(keys: Any, leaf: Any) -> Any:
+        return leaves.get(key_path(keys), leaf)
+
+    return jax.tree_util.tree_map_with_path(replaced, tree)
 
 
 def _spell(key: Any) -> str:

@@ -233,7 +233,7 @@ def train_all(preset: Preset, data: text.Text, seed: int, progress: Progress) ->
 def _draw(path: Path, runs: list[compare.Run], preset: Preset, baseline: float) -> None:
     first = [run for run in runs if run.seed == runs[0].seed]
     curves = {run.label: run.curve for run in first}
-    masks = next(run.masks for run in first if isinstance(run.pattern, ShflBW) and run.masks is not None)
+    masks = next(run.masks for run in first if run.pattern and run.pattern.searches_rows and run.masks is not None)
     layer = next(path for path in masks if "/attn/query/" in path)
     begin, end = (preset.dense_steps + step for step in preset.window)
     figures.draw(path, curves, pruning=(begin, end), baseline=baseline, mask=masks[layer], layer=layer)

@@ -3,7 +3,6 @@
 import argparse
 import dataclasses
 import importlib
-import inspect
 import sys
 from pathlib import Path
 from typing import Any
@@ -13,18 +12,11 @@ import orbax.checkpoint as ocp
 from flax import nnx
 from rich.console import Console
 
-from shfl_jax import patterns
 from shfl_jax.models import Plan
 from shfl_jax.oneshot import SCORES, prune_one_shot
-from shfl_jax.patterns import ALLOCATIONS
+from shfl_jax.patterns import ALLOCATIONS, registered
 from shfl_jax.sparse import compress, save
 
-PATTERNS: dict[str, Any] = {
-    cls.name: cls
-    for cls in vars(patterns).values()
-    if inspect.isclass(cls) and issubclass(cls, patterns.Pattern) and not inspect.isabstract(cls)
-}
-"""Pattern classes by their names in tables and results files."""
 SIZES = ("group_size", "tile_size", "block_size")
 
 
@@ -52,7 +44,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--checkpoint", type=Path, help="an Orbax checkpoint of such parameters, read in their place")
     parser.add_argument("--out", type=Path, required=True, help="directory for the compressed checkpoint")
-    parser.add_argument("--pattern", choices=sorted(PATTERNS), default="shfl_bw", help="default: shfl_bw")
+    parser.add_argument("--pattern", choices=sorted(registered()), default="shfl_bw", help="default: shfl_bw")
     parser.add_argument("--sparsity", type=float, default=0.75, help="fraction of pruned weights (default 0.75)")
     parser.add_argument("--group-size", type=int, help="V, the tile size or the block size (default: the pattern's)")
     parser.add_argument("--layers", default=".*", metavar="REGEX", help="which kernels, by whole path (default all)")
@@ -90,7 +82,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _pattern(name: str, sparsity: float, size: int | None) -> Any:
-    cls = PATTERNS[name]
+    cls = registered()[name]
     fields = {field.name: field for field in dataclasses.fields(cls) if field.init}
     arguments: dict[str, Any] = {"sparsity": sparsity} if "sparsity" in fields else {}
     if size is not None:

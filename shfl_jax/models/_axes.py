@@ -5,12 +5,14 @@ The shape does not tell: `query` (64, 4, 16) contracts its first axis, `out` (4,
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
-from jax.extend import core
+
+from shfl_jax.models import _trace as trace
 
 # Elementwise, so axes keep their meaning (a pruned weight may be scaled, cast or masked before it is used).
 _ELEMENTWISE = frozenset(
@@ -18,7 +20,6 @@ _ELEMENTWISE = frozenset(
     integer_pow is_finite le log log1p logistic lt max min mul name ne neg not or pow pvary reduce_precision rem round
     rsqrt select_n sharding_constraint sign sqrt square stop_gradient sub tan tanh""".split()  # noqa: SIM905
 )
-_CALLS_WITHOUT_JAXPR = frozenset(["pallas_call", "custom_call", "ffi_call", "ragged_dot_general"])
 _TIE = "shfl_jax_tie_batch_axes"
 
 
@@ -101,15 +102,15 @@ def contraction_axes(
         ValueError: a kernel does not take part in contractions of one kind alone, or its axes cannot be told. The text
             names path, shape, what was found where, and the fix.
     """
-    jaxpr = jax.make_jaxpr(fun)(dict(params), *args).jaxpr
+    jaxpr = jax.make_jaxpr(fun)(dict(params), *args)
     tracer = _Tracer({path: params[path].shape for path in paths})
     order = sorted(params)  # the order of dict leaves
     labels = [
         _Label(path, tuple((axis,) for axis in range(len(params[path].shape)))) if path in paths else None
         for path in order
     ]
-    labels += [None] * (len(jaxpr.invars) - len(order))
-    for label in tracer.walk(jaxpr, labels):
+    labels += [None] * (len(jaxpr.jaxpr.invars) - len(order))
+    for label in trace.walk(tracer, jaxpr, labels):
         if label is not None:
             tracer.uses[label.path].append(_Use(None, "returned by the model", ""))
     return {path: _decide(path, params[path].shape, tracer.uses[path]) for path in paths}
@@ -121,7 +122,7 @@ def _decide(path: str, shape: tuple[int, ...], uses: list[_Use]) -> Axes:
     others = [use for use in uses if use.axes is None]
     if len(found) == 1 and not others:
         return found.pop()
-    unknown = bool(uses) and all(use.what in _CALLS_WITHOUT_JAXPR for use in uses)
+    unknown = bool(uses) and all(use.what in trace.OPAQUE for use in uses)
     if unknown and len(shape) == 2:
         return Axes((), (0,), (1,))  # Flax's own convention for a matrix: (in, out)
     if not uses:
@@ -140,46 +141,29 @@ def _decide(path: str, shape: tuple[int, ...], uses: list[_Use]) -> Axes:
 
 
 class _Tracer:
-    """Walks a jaxpr, carrying labels from the kernels to the places that use them."""
+    """Carries labels from the kernels to the places that use them; a `_trace.Visitor`."""
 
     def __init__(self, shapes: dict[str, tuple[int, ...]]) -> None:
         self.shapes = shapes
         self.uses: dict[str, list[_Use]] = {path: [] for path in shapes}
 
-    def walk(self, jaxpr: Any, labels: Sequence[_Label | None]) -> list[_Label | None]:
-        """Returns the labels of the outputs."""
-        jaxpr = getattr(jaxpr, "jaxpr", jaxpr)
-        env = {var: label for var, label in zip(jaxpr.invars, labels, strict=True) if label is not None}
-        read = lambda var: None if isinstance(var, core.Literal) else env.get(var)  # noqa: E731
-        for eqn in jaxpr.eqns:
-            operands = [read(var) for var in eqn.invars]
-            if any(operands) and _TIE not in str(eqn.source_info.name_stack):
-                for var, label in zip(eqn.outvars, self.step(eqn, operands), strict=True):
-                    if label is not None:
-                        env[var] = label
-        return [read(var) for var in jaxpr.outvars]
+    def constant(self, value: Any) -> None:
+        """Constants are no kernels."""
 
-    def step(self, eqn: Any, operands: list[_Label | None]) -> Sequence[_Label | None]:
+    def step(self, eqn: Any, operands: list[_Label | None]) -> Sequence[_Label | None] | None:
         """Returns the labels of an equation's outputs, after recording its uses."""
-        name, params = eqn.primitive.name, eqn.params
+        name = eqn.primitive.name
+        if not any(operands) or _TIE in str(eqn.source_info.name_stack):
+            return [None] * len(eqn.outvars)
         if name == "dot_general":
             return self.dot_general(eqn, operands)
         if name == "conv_general_dilated":
             return self.convolution(eqn, operands)
-        if name == "scan":
-            return self.scan(eqn, operands)
-        if name == "while":
-            c, b = params["cond_nconsts"], params["body_nconsts"]
-            self.walk(params["cond_jaxpr"], operands[:c] + operands[c + b :])
-            return self.walk(params["body_jaxpr"], operands[c:])
-        if name == "cond":
-            outs = [self.walk(branch, operands[1:]) for branch in params["branches"]]
-            return [self.agree(eqn, list(labels)) for labels in zip(*outs, strict=True)]
-        inner = next((params[key] for key in ("jaxpr", "call_jaxpr", "fun_jaxpr") if key in params), None)
-        if inner is not None and name not in _CALLS_WITHOUT_JAXPR:
-            jaxpr = getattr(inner, "jaxpr", inner)
-            if len(jaxpr.invars) == len(operands) and len(jaxpr.outvars) == len(eqn.outvars):
-                return self.walk(inner, operands)
+        if name in trace.LOOPS:
+            peel, stack, agree = (functools.partial(of, eqn) for of in (self.peel, self.stack, self.agree))
+            return trace.loop(self, eqn, operands, peel=peel, stack=stack, agree=agree)
+        if trace.called(eqn) is not None:
+            return None
         if name == "optimization_barrier":
             return operands
         if name in _ELEMENTWISE:
@@ -281,23 +265,15 @@ class _Tracer:
         rest = set(range(len(self.shapes[label.path]))) - inner - outer
         return Axes(tuple(sorted(outer)), tuple(sorted(inner)), tuple(sorted(rest)))
 
-    def scan(self, eqn: Any, operands: list[_Label | None]) -> Sequence[_Label | None]:
-        # A scanned operand has one dimension more outside than inside; versions of JAX name their counts differently.
-        loop, body = id(eqn), eqn.params["jaxpr"].jaxpr
-        inside = [
-            label and _Label(label.path, label.dims[1:], (*label.peeled, (loop, label.dims[0])))
-            if len(inner.aval.shape) < len(outer.aval.shape)
-            else label
-            for label, inner, outer in zip(operands, body.invars, eqn.invars, strict=True)
-        ]
-        return [
-            label and self.stack(label, loop) if len(inner.aval.shape) < len(outer.aval.shape) else label
-            for label, inner, outer in zip(self.walk(body, inside), body.outvars, eqn.outvars, strict=True)
-        ]
+    def peel(self, eqn: Any, label: _Label | None) -> _Label | None:
+        """The label inside of a loop that takes a kernel slice by slice."""
+        return label and _Label(label.path, label.dims[1:], (*label.peeled, (id(eqn), label.dims[0])))
 
-    def stack(self, label: _Label, loop: int) -> _Label:
+    def stack(self, eqn: Any, label: _Label | None) -> _Label | None:
         """The label of a kernel that a loop gives back slice by slice."""
-        if label.peeled and label.peeled[-1][0] == loop:
+        if label is None:
+            return None
+        if label.peeled and label.peeled[-1][0] == id(eqn):
             return _Label(label.path, (label.peeled[-1][1], *label.dims), label.peeled[:-1])
         return _Label(label.path, ((), *label.dims), label.peeled)
 

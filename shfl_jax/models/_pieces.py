@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -11,6 +11,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.extend import core
 
 from shfl_jax._layers import LayerSpec
+from shfl_jax.models import _trace as trace
 
 _MARK = "shfl_jax_cut:"
 _FIX = "Map it to None in the plan to keep it dense"
@@ -74,8 +75,12 @@ def cut(
     traced = jax.make_jaxpr(flat)(shapes)
     labels = [_Label(path, tuple(range(len(leaf.shape)))) if path in cutter.specs else None for path, leaf in params]
     labels += [None] * (len(shapes) - len(labels))
+
+    def opened(*leaves: jax.Array) -> list[jax.Array]:
+        return [out.value for out in trace.walk(cutter, traced, list(map(_Traced, leaves, labels)))]
+
     # Traced a second time with calls around kernels opened up and the cuts marked by named identities.
-    marked = jax.make_jaxpr(lambda *args: cutter.evaluate(traced.jaxpr, traced.consts, args, labels)[0])(*shapes)
+    marked = jax.make_jaxpr(opened)(*shapes)
     cutter.check()
     return _split(marked, cutter.cuts, len(names) + len(constants))
 
@@ -88,6 +93,11 @@ class _Label:
     axes: tuple[int, ...]
 
 
+class _Traced(NamedTuple):
+    value: Any
+    label: _Label | None = None
+
+
 @dataclasses.dataclass
 class _Place:
     paths: list[str]
@@ -96,7 +106,7 @@ class _Place:
 
 
 class _Cutter:
-    """Evaluates a jaxpr, marking the inputs of products with a kernel."""
+    """Evaluates a jaxpr, marking the inputs of products with a kernel; a `_trace.Visitor`."""
 
     def __init__(self, specs: Sequence[LayerSpec]) -> None:
         self.specs = {spec.path: spec for spec in specs}
@@ -117,56 +127,39 @@ class _Cutter:
                     f"inputs along the batch axis so that it runs once. {_FIX}"
                 )
 
-    def evaluate(
-        self, jaxpr: Any, consts: Sequence[Any], args: Sequence[Any], labels: Sequence[_Label | None]
-    ) -> tuple[list[Any], list[_Label | None]]:
-        """Returns the outputs and their labels."""
-        values = dict(zip(jaxpr.constvars, consts, strict=True)) | dict(zip(jaxpr.invars, args, strict=True))
-        known = {var: label for var, label in zip(jaxpr.invars, labels, strict=True) if label is not None}
-        for eqn in jaxpr.eqns:
-            operands = [_read(values, var) for var in eqn.invars]
-            marks = [None if isinstance(var, core.Literal) else known.get(var) for var in eqn.invars]
-            outs, out_labels = self.step(eqn, operands, marks)
-            for var, out, label in zip(eqn.outvars, outs, out_labels, strict=True):
-                values[var] = out
-                if label is not None:
-                    known[var] = label
-        outs = [_read(values, var) for var in jaxpr.outvars]
-        return outs, [None if isinstance(var, core.Literal) else known.get(var) for var in jaxpr.outvars]
+    def constant(self, value: Any) -> _Traced:
+        """Constants are no kernels."""
+        return _Traced(value)
 
-    def step(self, eqn: Any, operands: list[Any], marks: list[_Label | None]) -> tuple[list[Any], list[_Label | None]]:
+    def step(self, eqn: Any, operands: list[_Traced]) -> list[_Traced] | None:
+        """Evaluates an equation, with the inputs of a layer marked; None for a call that reads a kernel."""
         name, params = eqn.primitive.name, eqn.params
-        nothing: list[_Label | None] = [None] * len(eqn.outvars)
-        label = next((mark for mark in marks if mark is not None), None)
+        values = [operand.value for operand in operands]
+        label = next((operand.label for operand in operands if operand.label is not None), None)
         if label is None:
-            return _bind(eqn, operands), nothing
-        inner = next((params[key] for key in ("jaxpr", "call_jaxpr", "fun_jaxpr") if key in params), None)
+            return [_Traced(out) for out in _bind(eqn, values)]
         spec = self.specs[label.path]
-        if name in ("scan", "while", "cond") or spec.batch_axes:
+        if name in trace.LOOPS or spec.batch_axes:
             raise NotImplementedError(
                 f"{spec.path} {spec.shape}: layers stacked or run inside a loop cannot be calibrated one after the "
                 f"other; unroll them (a Python loop in place of nn.scan or nn.vmap). {_FIX}"
             )
-        if inner is not None:
-            closed = inner if hasattr(inner, "consts") else None
-            body = inner.jaxpr if closed is not None else inner
-            return self.evaluate(body, closed.consts if closed is not None else (), operands, marks)
+        if trace.called(eqn) is not None:
+            return None
         if name == "conv_general_dilated":
             raise NotImplementedError(
                 f"{spec.path} {spec.shape}: convolutions are not calibrated; prune them with `allocate` and `mask`, or "
                 f"during training. {_FIX}"
             )
         if name == "dot_general":
-            side = 1 if marks[1] is not None else 0
-            operands = list(operands)
-            operands[1 - side] = self.mark(label, operands[1 - side], params["dimension_numbers"][0], side)
-            return _bind(eqn, operands), nothing
-        outs = _bind(eqn, operands)
+            side = 1 if operands[1].label is not None else 0
+            values[1 - side] = self.mark(label, values[1 - side], params["dimension_numbers"][0], side)
+        labels: list[_Label | None] = [None] * len(eqn.outvars)
         if name in ("convert_element_type", "copy", "copy_p", "name", "optimization_barrier"):
-            return outs, list(marks)
-        if name == "transpose":
-            return outs, [_Label(label.path, tuple(label.axes[i] for i in params["permutation"]))]
-        return outs, nothing
+            labels = [operand.label for operand in operands]
+        elif name == "transpose":
+            labels = [_Label(label.path, tuple(label.axes[i] for i in params["permutation"]))]
+        return [_Traced(*out) for out in zip(_bind(eqn, values), labels, strict=True)]
 
     def mark(self, label: _Label, x: jax.Array, contracting: Any, side: int) -> jax.Array:
         """Marks x, the inputs of a layer; layers that read one value share a cut."""
@@ -194,7 +187,8 @@ def _split(closed: Any, cuts: list[_Place], num_given: int) -> tuple[Piece, ...]
     given, live = list(jaxpr.invars[:num_given]), list(jaxpr.invars[num_given:])
     consts = dict(zip(jaxpr.constvars, closed.consts, strict=True))
     varying = set(live)
-    fixed, parts = [], [[]]  # equations that depend on no batch are evaluated again where they are needed
+    fixed: list[Any] = []  # equations that depend on no batch are evaluated again where they are needed
+    parts: list[list[Any]] = [[]]
     for eqn in jaxpr.eqns:
         if not any(isinstance(var, core.Var) and var in varying for var in eqn.invars):
             fixed.append(eqn)

@@ -14,7 +14,7 @@ from rich.table import Table
 
 from shfl_jax._layers import LayerSpec
 from shfl_jax._paths import path_leaves, update_paths
-from shfl_jax.patterns import NM, alike, all_units, kept_units, magnitude, to_sparsities
+from shfl_jax.patterns import alike, all_units, kept_units, magnitude, to_sparsities
 from shfl_jax.patterns import mask as choose
 
 
@@ -88,7 +88,8 @@ class Sensitivity:
             raise ValueError(f"{spec.path}: not measured, only {', '.join(self.losses)}")
         measured = {0.0: self.dense} | dict(zip(self.sparsities, self.losses[spec.path].tolist(), strict=True))
         x, y = np.array(sorted(point for point in measured.items() if np.isfinite(point[1]))).T
-        pieces, i = [], 0
+        pieces: list[tuple[float, float, float]] = []
+        i = 0
         while i < len(x) - 1:
             slopes = (y[i + 1 :] - y[i]) / (x[i + 1 :] - x[i])
             j = i + 1 + int(np.argmin(slopes))
@@ -159,8 +160,7 @@ def sensitivity(
         raise ValueError("sensitivity needs at least one batch, one layer and one sparsity")
     for path, spec in specs.items():
         for sparsity in sparsities:
-            most = spec.pattern.sparsity if isinstance(spec.pattern, NM) else 1
-            if not 0 <= sparsity < 1 or sparsity > most:
+            if not 0 <= sparsity < 1 or sparsity > spec.pattern.max_sparsity:
                 raise ValueError(f"{path}: {spec.pattern!r} cannot have a sparsity of {sparsity}")
     compiled = jax.jit(loss)
     kernels = path_leaves(params)

@@ -1,10 +1,13 @@
 """Sparsity patterns: which weights may be pruned together, how many a layer keeps, and which."""
 
 from shfl_jax.patterns._allocation import ALLOCATIONS, alike, all_units, allocate, kept_units, mask, to_sparsities
-from shfl_jax.patterns._base import Pattern, group_scores, scaled
+from shfl_jax.patterns._base import Pattern
 from shfl_jax.patterns._block import BW
+from shfl_jax.patterns._groups import Vectors, group_scores, padded_rows
 from shfl_jax.patterns._mask import Mask
 from shfl_jax.patterns._nm import NM
+from shfl_jax.patterns._ranking import rank_keys, scaled, top
+from shfl_jax.patterns._registry import register, registered, registered_name
 from shfl_jax.patterns._scores import magnitude, obs, taylor, wanda
 from shfl_jax.patterns._shuffled import ShflBW
 from shfl_jax.patterns._tile import TW
@@ -26,6 +29,7 @@ __all__ = [
     "ShflBW",
     "ShflTVW",
     "Unstructured",
+    "Vectors",
     "alike",
     "all_units",
     "allocate",
@@ -34,8 +38,14 @@ __all__ = [
     "magnitude",
     "mask",
     "obs",
+    "padded_rows",
+    "rank_keys",
+    "register",
+    "registered",
+    "registered_name",
     "scaled",
     "taylor",
     "to_sparsities",
+    "top",
     "wanda",
 ]

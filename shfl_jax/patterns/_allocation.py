@@ -10,8 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from shfl_jax._layers import LayerSpec
-from shfl_jax.patterns._base import Limits, Pattern, scaled
+from shfl_jax.patterns._base import Pattern
 from shfl_jax.patterns._mask import Mask
+from shfl_jax.patterns._ranking import Limits, scaled
 
 ALLOCATIONS = ("uniform", "global", "erk")
 """What `allocate` may be asked for by name."""
@@ -135,7 +136,7 @@ def _slices(spec: LayerSpec) -> int:
 
 
 def _erk(specs: Sequence[LayerSpec]) -> dict[str, float]:
-    sparsities = {}
+    sparsities: dict[str, float] = {}
     for layers in alike(specs):
         sizes, kept = (np.array([number(spec) for spec in layers], float) for number in (all_units, kept_units))
         shapes = np.array([spec.matrix_shape for spec in layers], float)
@@ -163,12 +164,16 @@ def _globally(
         stacks = [jnp.concatenate([scores[s.path].reshape(-1, *shape) for s in same]) for shape, same in shapes.items()]
         limits = [_limits(pattern, shape, fraction, min_share) for shape in shapes]
         for same, found in zip(shapes.values(), _rank(pattern, stacks, limits), strict=True):
-            ends = np.cumsum([_slices(spec) for spec in same])
-            for spec, end in zip(same, ends, strict=True):
-                counts[spec.path] = jax.tree.map(
-                    lambda n, spec=spec, end=end: n[end - _slices(spec) : end].reshape(spec.batch_shape), found
-                )
+            first = 0
+            for spec in same:
+                counts[spec.path] = jax.tree.map(functools.partial(_slices_from, spec, first), found)
+                first += _slices(spec)
     return {path: counts[path] for path in scores}
+
+
+def _slices_from(spec: LayerSpec, first: int, counts: jax.Array) -> jax.Array:
+    """A layer's own counts (*batch,) among those of all slices."""
+    return counts[first : first + _slices(spec)].reshape(spec.batch_shape)
 
 
 def _limits(pattern: Pattern, shape: tuple[int, int], fraction: float | jax.Array, min_share: float) -> Limits:
@@ -206,12 +211,15 @@ def mask(
     if scores.ndim < 2 or not jnp.issubdtype(scores.dtype, jnp.floating):
         raise ValueError(f"scores must be a floating (..., M, K) array, got {scores.dtype} of shape {scores.shape}")
     count = pattern.count(scores.shape[-2:]) if count is None else count
-    counts = jax.tree.map(lambda n: jnp.broadcast_to(jnp.asarray(n, jnp.int32), scores.shape[:-2]), count)
-    return _mask(scores, pattern, counts, previous)
+
+    def one_a_slice(n: jax.Array | int) -> jax.Array:
+        return jnp.broadcast_to(jnp.asarray(n, jnp.int32), scores.shape[:-2])
+
+    return _mask(scores, pattern, jax.tree.map(one_a_slice, count), previous)
 
 
 @functools.partial(jax.jit, static_argnames="pattern")
 def _mask(scores: jax.Array, pattern: Pattern, counts: Any, previous: Mask | None) -> Mask:
     if scores.ndim == 2:
         return pattern.mask(scores, counts, previous)
-    return jax.vmap(lambda s, c, p: _mask(s, pattern, c, p))(scores, counts, previous)
+    return jax.vmap(_mask, in_axes=(0, None, 0, 0))(scores, pattern, counts, previous)

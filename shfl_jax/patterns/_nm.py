@@ -5,11 +5,16 @@ from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
+from typing_extensions import override
 
 from shfl_jax.patterns import _base as base
+from shfl_jax.patterns import _ranking as ranking
+from shfl_jax.patterns._groups import padded_rows
 from shfl_jax.patterns._mask import Mask
+from shfl_jax.patterns._registry import register
 
 
+@register
 @dataclasses.dataclass(frozen=True)
 class NM(base.Pattern):
     """Keeps the n highest-scoring of every m consecutive inputs of every output (2:4 unless told otherwise).
@@ -41,14 +46,18 @@ class NM(base.Pattern):
         return 1
 
     @property
+    @override
     def min_sparsity(self) -> float:
         """Its only one."""
         return self.sparsity
 
-    def units(self, shape: tuple[int, ...]) -> int:
-        """M * K weights."""
-        return shape[0] * shape[1]
+    @property
+    @override
+    def max_sparsity(self) -> float:
+        """Its only one."""
+        return self.sparsity
 
+    @override
     def least(self, shape: tuple[int, ...]) -> int:
         """The kept weights at full sparsity."""
         runs, rest = divmod(shape[1], self.m)
@@ -58,10 +67,10 @@ class NM(base.Pattern):
         """See `Pattern.mask`; a unit is one weight, and never fewer than n of m are kept."""
         base.check_shape(self, scores.shape)
         rows, k = scores.shape
-        keys = base.rank_keys(scores)
+        keys = ranking.rank_keys(scores)
         # A run filled up with keys of -1 ranks its true members first.
         runs = jnp.pad(keys, ((0, 0), (0, -k % self.m)), constant_values=-1).reshape(rows, -1, self.m)
         rank = jnp.argsort(jnp.argsort(-runs, axis=-1, stable=True), axis=-1, stable=True)
         always = (rank < self.n).reshape(rows, -1)[:, :k]
-        kept = base.top(jnp.where(always, base.ALWAYS, keys), jnp.maximum(count, self.least(scores.shape)))
-        return Mask(base.padded_rows(rows, 1), kept, rows)
+        kept = ranking.top(jnp.where(always, ranking.ALWAYS, keys), jnp.maximum(count, self.least(scores.shape)))
+        return Mask(padded_rows(rows, 1), kept, rows)

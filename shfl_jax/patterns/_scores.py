@@ -62,7 +62,9 @@ def taylor(
     """
 
     @jax.jit
-    def add(total: dict[str, jax.Array], params: Any, batch: tuple[Any, ...]) -> tuple[dict, dict]:
+    def add(
+        total: dict[str, jax.Array], params: Any, batch: tuple[Any, ...]
+    ) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
         gradients = path_leaves(jax.grad(loss)(params, *batch))
         weights = path_leaves(params)
         for path in specs:

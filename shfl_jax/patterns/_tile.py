@@ -6,9 +6,13 @@ from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from typing_extensions import override
 
 from shfl_jax.patterns import _base as base
+from shfl_jax.patterns import _ranking as ranking
+from shfl_jax.patterns._groups import sums_of_rows
 from shfl_jax.patterns._mask import Mask
+from shfl_jax.patterns._registry import register
 
 
 class TileCount(NamedTuple):
@@ -23,6 +27,92 @@ class TileCount(NamedTuple):
     weights: jax.Array
 
 
+@dataclasses.dataclass(frozen=True)
+class Tiles:
+    """The two stages of TW: which outputs make up the tiles, and which inputs every tile keeps.
+
+    Attributes:
+        size: V, surviving outputs of a tile.
+        outputs: False prunes no outputs.
+    """
+
+    size: int
+    outputs: bool
+
+    def mask(self, scores: jax.Array, count: Any) -> Mask:
+        """Both stages within one layer: scores (M, K); `count` is of weights, or a `TileCount`."""
+        m, k = scores.shape
+        outputs, count = count if isinstance(count, TileCount) else (self._outputs((m, k), count), count)
+        squares = scores.astype(jnp.float32) ** 2
+        rows, keys, costs = self._inputs(squares, outputs)
+        return Mask(rows, nearest(keys, jnp.asarray(count, jnp.int32), costs, keys == ranking.ALWAYS), m)
+
+    def rank(self, scores: Sequence[jax.Array], limits: Sequence[ranking.Limits]) -> list[TileCount]:
+        """See `Pattern.rank`. Both stages keep the same share of the weights."""
+        squares = [s.astype(jnp.float32) ** 2 for s in scores]
+        widths = [s.shape[2] for s in scores]
+        shapes = [s.shape[1:] for s in scores]
+        outputs = [jnp.full(s.shape[0], s.shape[1], jnp.int32) for s in scores]
+        if self.outputs:
+            keys = [ranking.rank_keys(s.sum(2) / k**2) for s, k in zip(squares, widths, strict=True)]
+            whole = [
+                ranking.Limits(-(-least // k) * k, self._outputs(shape, count) * k, -(-most // k) * k)
+                for (least, count, most), shape, k in zip(limits, shapes, widths, strict=True)
+            ]
+            outputs = [w // k for w, k in zip(ranking.rank_together(keys, widths, whole), widths, strict=True)]
+        tiles = [jax.vmap(self._inputs)(s, o) for s, o in zip(squares, outputs, strict=True)]
+        left = [
+            ranking.Limits(least, count, jnp.minimum(most, o * k))
+            for (least, count, most), o, k in zip(limits, outputs, widths, strict=True)
+        ]
+        weights = ranking.rank_together([keys for _, keys, _ in tiles], [costs for *_, costs in tiles], left)
+        return [TileCount(*counts) for counts in zip(outputs, weights, strict=True)]
+
+    def _outputs(self, shape: tuple[int, ...], count: jax.Array | int) -> jax.Array:
+        """The outputs of a layer that is pruned on its own: both dimensions keep the same share."""
+        m, k = shape
+        if not self.outputs:
+            return jnp.int32(m)
+        count = jnp.asarray(count, jnp.int32)
+        outputs = jnp.round(m * jnp.sqrt(count.astype(jnp.float32) / (m * k))).astype(jnp.int32)
+        return jnp.clip(jnp.maximum(outputs, -(-count // k)), 1, m)
+
+    def _inputs(self, squares: jax.Array, outputs: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Regroups the best outputs into tiles: (M, K) squared scores to rows (R * V,), and keys and costs (R, K).
+
+        The key of every tile's best input is `ranking.ALWAYS`, that of an input of no tile is -1 and its cost 0.
+        """
+        (m, k), v = squares.shape, self.size
+        alive = ranking.top(ranking.rank_keys(squares.sum(1)), outputs) if self.outputs else jnp.ones(m, bool)
+        groups = -(-m // v) + 1
+        tiles = -(-outputs // v)
+        slots = jnp.where(alive, jnp.cumsum(alive) - 1, tiles * v + jnp.cumsum(~alive) - 1)
+        rows = jnp.full(groups * v, m, jnp.int32).at[slots].set(jnp.arange(m, dtype=jnp.int32))
+
+        sizes = jnp.clip(outputs - jnp.arange(groups, dtype=jnp.int32) * v, 0, v)[:, None]
+        # The square of norm / length, up to a common factor: the ranking is the same, and whole tiles stay exact.
+        length = jnp.maximum(sizes, 1).astype(jnp.float32) / v
+        norms = sums_of_rows(squares, rows, v) / length**2
+        best = jnp.arange(k) == jnp.argmax(norms, axis=1)[:, None]
+        keys = jnp.where(best, ranking.ALWAYS, ranking.rank_keys(norms))
+        return rows, jnp.where(sizes > 0, keys, -1), jnp.broadcast_to(sizes, norms.shape)
+
+
+def nearest(keys: jax.Array, budget: jax.Array, costs: jax.Array, always: jax.Array) -> jax.Array:
+    """The ranked prefix whose cost is nearest to the budget, the shorter of two; with all of `always`.
+
+    Keys below zero belong to no unit; their cost is zero.
+    """
+    budget = jnp.maximum(budget, jnp.sum(jnp.where(always, costs, 0)))
+    within = ranking.top(jnp.maximum(keys, 0), budget, costs) & (keys >= 0)
+    rest = budget - jnp.sum(jnp.where(within, costs, 0))
+    following = jnp.argmax(jnp.where(within, -1, keys))
+    cost = costs.reshape(-1)[following]
+    longer = (cost - rest < rest) & (keys.reshape(-1)[following] >= 0) & ~within.reshape(-1)[following]
+    return within | (longer & (jnp.arange(keys.size).reshape(keys.shape) == following))
+
+
+@register
 @dataclasses.dataclass(frozen=True)
 class TW(base.Pattern):
     """Prunes whole outputs, regroups the survivors in order into tiles, and prunes the inputs of every tile.
@@ -56,79 +146,16 @@ class TW(base.Pattern):
         """V = tile_size."""
         return self.tile_size
 
-    def units(self, shape: tuple[int, ...]) -> int:
-        """M * K weights: units differ in size, so counts are of weights."""
-        return shape[0] * shape[1]
-
     def mask(self, scores: jax.Array, count: Any, previous: Mask | None = None) -> Mask:
         """See `Pattern.mask`; `count` is of weights (met to half a unit if the floors allow), or a `TileCount`."""
         base.check_shape(self, scores.shape)
-        m, k = scores.shape
-        outputs, count = count if isinstance(count, TileCount) else (self._outputs((m, k), count), count)
-        squares = scores.astype(jnp.float32) ** 2
-        rows, keys, costs = self._inputs(squares, outputs)
-        return Mask(rows, nearest(keys, jnp.asarray(count, jnp.int32), costs, keys == base.ALWAYS), m)
+        return self._tiles.mask(scores, count)
 
-    def rank(self, scores: Sequence[jax.Array], limits: Sequence[base.Limits]) -> list[Any]:
-        """See `Pattern.rank`; the counts are `TileCount`s. Both stages keep the same share of the weights."""
-        squares = [s.astype(jnp.float32) ** 2 for s in scores]
-        widths = [s.shape[2] for s in scores]
-        shapes = [s.shape[1:] for s in scores]
-        outputs = [jnp.full(s.shape[0], s.shape[1], jnp.int32) for s in scores]
-        if self.outputs:
-            keys = [base.rank_keys(s.sum(2) / k**2) for s, k in zip(squares, widths, strict=True)]
-            whole = [
-                base.Limits(-(-least // k) * k, self._outputs(shape, count) * k, -(-most // k) * k)
-                for (least, count, most), shape, k in zip(limits, shapes, widths, strict=True)
-            ]
-            outputs = [w // k for w, k in zip(base.rank_together(keys, widths, whole), widths, strict=True)]
-        tiles = [jax.vmap(self._inputs)(s, o) for s, o in zip(squares, outputs, strict=True)]
-        left = [
-            base.Limits(least, count, jnp.minimum(most, o * k))
-            for (least, count, most), o, k in zip(limits, outputs, widths, strict=True)
-        ]
-        weights = base.rank_together([keys for _, keys, _ in tiles], [costs for *_, costs in tiles], left)
-        return [TileCount(*counts) for counts in zip(outputs, weights, strict=True)]
+    @override
+    def rank(self, scores: Sequence[jax.Array], limits: Sequence[ranking.Limits]) -> list[Any]:
+        """See `Pattern.rank`; the counts are `TileCount`s of weights: units differ in size."""
+        return self._tiles.rank(scores, limits)
 
-    def _outputs(self, shape: tuple[int, ...], count: jax.Array | int) -> jax.Array:
-        """The outputs of a layer that is pruned on its own: both dimensions keep the same share."""
-        m, k = shape
-        if not self.outputs:
-            return jnp.int32(m)
-        count = jnp.asarray(count, jnp.int32)
-        outputs = jnp.round(m * jnp.sqrt(count.astype(jnp.float32) / (m * k))).astype(jnp.int32)
-        return jnp.clip(jnp.maximum(outputs, -(-count // k)), 1, m)
-
-    def _inputs(self, squares: jax.Array, outputs: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Regroups the best outputs into tiles: (M, K) squared scores to rows (R * V,), and keys and costs (R, K).
-
-        The key of every tile's best input is `base.ALWAYS`, that of an input of no tile is -1 and its cost 0.
-        """
-        (m, k), v = squares.shape, self.tile_size
-        alive = base.top(base.rank_keys(squares.sum(1)), outputs) if self.outputs else jnp.ones(m, bool)
-        groups = -(-m // v) + 1
-        tiles = -(-outputs // v)
-        slots = jnp.where(alive, jnp.cumsum(alive) - 1, tiles * v + jnp.cumsum(~alive) - 1)
-        rows = jnp.full(groups * v, m, jnp.int32).at[slots].set(jnp.arange(m, dtype=jnp.int32))
-
-        sizes = jnp.clip(outputs - jnp.arange(groups, dtype=jnp.int32) * v, 0, v)[:, None]
-        # The square of norm / length, up to a common factor: the ranking is the same, and whole tiles stay exact.
-        length = jnp.maximum(sizes, 1).astype(jnp.float32) / v
-        norms = base.sums_of_rows(squares, rows, v) / length**2
-        best = jnp.arange(k) == jnp.argmax(norms, axis=1)[:, None]
-        keys = jnp.where(best, base.ALWAYS, base.rank_keys(norms))
-        return rows, jnp.where(sizes > 0, keys, -1), jnp.broadcast_to(sizes, norms.shape)
-
-
-def nearest(keys: jax.Array, budget: jax.Array, costs: jax.Array, always: jax.Array) -> jax.Array:
-    """The ranked prefix whose cost is nearest to the budget, the shorter of two; with all of `always`.
-
-    Keys below zero belong to no unit; their cost is zero.
-    """
-    budget = jnp.maximum(budget, jnp.sum(jnp.where(always, costs, 0)))
-    within = base.top(jnp.maximum(keys, 0), budget, costs) & (keys >= 0)
-    rest = budget - jnp.sum(jnp.where(within, costs, 0))
-    following = jnp.argmax(jnp.where(within, -1, keys))
-    cost = costs.reshape(-1)[following]
-    longer = (cost - rest < rest) & (keys.reshape(-1)[following] >= 0) & ~within.reshape(-1)[following]
-    return within | (longer & (jnp.arange(keys.size).reshape(keys.shape) == following))
+    @property
+    def _tiles(self) -> Tiles:
+        return Tiles(self.tile_size, self.outputs)

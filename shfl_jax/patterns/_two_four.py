@@ -6,48 +6,27 @@ from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
+from typing_extensions import override
 
 from shfl_jax.patterns import _base as base
+from shfl_jax.patterns import _ranking as ranking
+from shfl_jax.patterns._groups import Vectors, padded_rows, sums_of_rows
 from shfl_jax.patterns._mask import Mask
-from shfl_jax.patterns._shuffled import ShflBW
-from shfl_jax.patterns._tile import TW, nearest
+from shfl_jax.patterns._registry import register
+from shfl_jax.patterns._shuffled import SEARCHES, RowSearch
+from shfl_jax.patterns._tile import Tiles, nearest
 from shfl_jax.patterns.search import _fours as fours
+
+MIN_SPARSITY = 0.5
+"""That of 2:4 alone."""
 
 PASSES = 2
 """How often columns are chosen: first by medians over all columns, then by medians over the chosen ones."""
 
 
+@register
 @dataclasses.dataclass(frozen=True)
-class _TwoFour(base.Pattern):
-    """What TVW and Shfl-TVW add to the patterns whose groups they subdivide: they count and rank single weights."""
-
-    rounds: int = 16
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.sparsity < self.min_sparsity:
-            raise base.field_error(self, "sparsity", "be at least 0.5, which 2:4 alone reaches (use VW or TW below)")
-        if not isinstance(self.rounds, int) or self.rounds < 0:
-            raise base.field_error(self, "rounds", "be a non-negative integer")
-
-    @property
-    def min_sparsity(self) -> float:
-        """That of 2:4 alone."""
-        return 0.5
-
-    def units(self, shape: tuple[int, ...]) -> int:
-        """M * K weights."""
-        return shape[0] * shape[1]
-
-    step, unit_keys, rank = base.Pattern.step, base.Pattern.unit_keys, base.Pattern.rank
-
-    def least(self, shape: tuple[int, ...]) -> int:
-        """Two weights of one row, or one if there is but one input."""
-        return min(2, shape[1])
-
-
-@dataclasses.dataclass(frozen=True)
-class TVW(_TwoFour, TW):
+class TVW(base.Pattern):
     """TW, then 2:4 along the inputs that a tile keeps (Guo et al., IEEE TC 2024, arXiv 2402.10876).
 
     Tiles keep twice the density, 2 (1 - sparsity), so that a sparsity of 0.75 is TW at 50% and then 2:4. Here outputs
@@ -65,7 +44,31 @@ class TVW(_TwoFour, TW):
         rounds: of the search for the order of the inputs.
     """
 
+    tile_size: int = 128
+    outputs: bool = True
+    rounds: int = 16
     name: ClassVar[str] = "tvw"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        base.check_sizes(self, "tile_size")
+        _check(self)
+
+    @property
+    def group_size(self) -> int:
+        """V = tile_size."""
+        return self.tile_size
+
+    @property
+    @override
+    def min_sparsity(self) -> float:
+        """That of 2:4 alone."""
+        return MIN_SPARSITY
+
+    @override
+    def least(self, shape: tuple[int, ...]) -> int:
+        """Two weights of one row, or one if there is but one input."""
+        return min(2, shape[1])
 
     def mask(self, scores: jax.Array, count: jax.Array | int, previous: Mask | None = None) -> Mask:
         """See `Pattern.mask`; `count` is the number of weights to keep, met to half a four of inputs."""
@@ -73,23 +76,24 @@ class TVW(_TwoFour, TW):
         (m, k), v = scores.shape, self.tile_size
         budget = _doubled(count, m * k)
         # There are no tiles yet, so every row is a group of its own. TW sums squares, hence the square roots.
-        values = fours.spared_values(scores, base.padded_rows(m, 1), jnp.ones((m, k), bool), 1)
-        tiles = TW.mask(self, jnp.sqrt(values), budget)
+        values = fours.spared_values(scores, padded_rows(m, 1), jnp.ones((m, k), bool), 1)
+        tiles = Tiles(v, self.outputs).mask(jnp.sqrt(values), budget)
         sizes = jnp.sum((tiles.rows < m).reshape(-1, v), axis=1, dtype=jnp.int32)
         sizes = jnp.where(tiles.kept.any(1), sizes, 0)[:, None]
         length = jnp.maximum(sizes, 1).astype(jnp.float32) / v
 
         def choose(sums: jax.Array, widths: jax.Array) -> jax.Array:
             best = jnp.arange(widths.shape[0]) == 0
-            keys = jnp.where(best, base.ALWAYS, base.rank_keys(sums / length**2))
+            keys = jnp.where(best, ranking.ALWAYS, ranking.rank_keys(sums / length**2))
             keys = jnp.where(sizes > 0, keys, -1)
             return nearest(keys, budget, sizes * widths, best & (sizes > 0))
 
         return _mask(self, scores, tiles.rows, tiles.kept.any(1)[:, None], count, choose)
 
 
+@register
 @dataclasses.dataclass(frozen=True)
-class ShflTVW(_TwoFour, ShflBW):
+class ShflTVW(base.Pattern):
     """2:4 inside the row groups of Shfl-BW, a combination found in neither paper.
 
     Groups keep twice the density, 2 (1 - sparsity), of their vectors, chosen in fours over the whole layer for what 2:4
@@ -102,33 +106,79 @@ class ShflTVW(_TwoFour, ShflBW):
         rounds: of the search for the order of the columns.
     """
 
+    group_size: int = 64
+    balanced: bool = False
+    min_share: float = 0.0
+    search: str = "annealing"
+    shards: int = 1
+    seed: int = 0
+    rounds: int = 16
     name: ClassVar[str] = "shfl_tvw"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        base.check_sizes(self, "group_size", "shards")
+        base.check_share(self, "min_share")
+        base.check_choice(self, "search", SEARCHES)
+        _check(self)
+
+    @property
+    @override
+    def searches_rows(self) -> bool:
+        """It does, as Shfl-BW."""
+        return True
+
+    @property
+    @override
+    def min_sparsity(self) -> float:
+        """That of 2:4 alone."""
+        return MIN_SPARSITY
+
+    @override
+    def least(self, shape: tuple[int, ...]) -> int:
+        """Two weights of one row, or one if there is but one input."""
+        return min(2, shape[1])
 
     def mask(self, scores: jax.Array, count: jax.Array | int, previous: Mask | None = None) -> Mask:
         """See `Pattern.mask`; `count` is the number of weights to keep, met to half a four of vectors."""
         base.check_shape(self, scores.shape)
         m, k = scores.shape
-        values = fours.spared_values(scores, base.padded_rows(m, 1), jnp.ones((m, k), bool), 1)
+        values = fours.spared_values(scores, padded_rows(m, 1), jnp.ones((m, k), bool), 1)
         # K-means' binary mask gets the density of the vectors; at twice that it would keep everything from 50% on.
         share = _share(jnp.asarray(count, jnp.int32), m * k)
-        vectors = self.num_groups(m) * k
-        density = 2 * (jnp.asarray(base.scaled(vectors, share), jnp.int32) / vectors).astype(jnp.float32)
-        kept = jnp.maximum(base.scaled(vectors, _share(_doubled(count, m * k), m * k)), 1)
-        return self.mask_of_rows(scores, self.group_rows(values, kept, density, previous), count)
+        vectors = self._groups.number(scores.shape)
+        density = 2 * (jnp.asarray(ranking.scaled(vectors, share), jnp.int32) / vectors).astype(jnp.float32)
+        kept = jnp.maximum(ranking.scaled(vectors, _share(_doubled(count, m * k), m * k)), 1)
+        search = RowSearch(self._groups, self.search, self.seed)
+        return self.mask_of_rows(scores, search.rows(values, kept, density, previous), count)
 
+    @override
     def mask_of_rows(self, scores: jax.Array, rows: jax.Array, count: jax.Array | int) -> Mask:
-        """The mask for a given row permutation: scores (M, K), rows (R * V,) int32 with sentinels M."""
+        """See `Pattern.mask_of_rows`."""
         m, k = scores.shape
         groups = rows.shape[0] // self.group_size
         share = _share(_doubled(count, m * k), m * k)
         sizes = jnp.sum((rows < m).reshape(groups, -1), axis=1, dtype=jnp.float32)[:, None]
 
         def choose(sums: jax.Array, widths: jax.Array) -> jax.Array:
-            units = jnp.maximum(base.scaled(sums.size, share), 1)
+            units = jnp.maximum(ranking.scaled(sums.size, share), 1)
             # As in VW, the sums of a smaller group are scaled up to V rows.
-            return self.choose(sums * (self.group_size / jnp.maximum(sizes, 1)), units, groups)
+            return self._groups.choose(sums * (self.group_size / jnp.maximum(sizes, 1)), units)
 
         return _mask(self, scores, rows, jnp.ones((groups, 1), bool), count, choose)
+
+    @property
+    def _groups(self) -> Vectors:
+        """How the row groups choose among their columns, before 2:4."""
+        return Vectors(self.group_size, self.balanced, self.min_share, self.shards)
+
+
+def _check(pattern: TVW | ShflTVW) -> None:
+    """Raises ValueError for fields that 2:4 cannot have."""
+    if pattern.sparsity < MIN_SPARSITY:
+        raise base.field_error(pattern, "sparsity", "be at least 0.5, which 2:4 alone reaches (use VW or TW below)")
+    if not isinstance(pattern.rounds, int) or pattern.rounds < 0:
+        raise base.field_error(pattern, "rounds", "be a non-negative integer")
 
 
 def _doubled(count: jax.Array | int, units: int) -> jax.Array:
@@ -142,7 +192,7 @@ def _share(count: jax.Array, units: int) -> jax.Array:
 
 
 def _mask(
-    pattern: _TwoFour,
+    pattern: TVW | ShflTVW,
     scores: jax.Array,
     rows: jax.Array,
     live: jax.Array,
@@ -165,7 +215,7 @@ def _mask(
     widths = jnp.minimum(4, k - 4 * jnp.arange(num_fours, dtype=jnp.int32))
     kept = jnp.broadcast_to(live, (rows.shape[0] // v, k))
     for _ in range(PASSES):
-        sums = base.sums_of_rows(fours.spared_values(scores, rows, kept, v), rows, v)
+        sums = sums_of_rows(fours.spared_values(scores, rows, kept, v), rows, v)
         best_first = jnp.argsort(-sums, axis=1, stable=True)
         ranked = jnp.pad(jnp.take_along_axis(sums, best_first, axis=1), ((0, 0), (0, -k % 4)))
         used = choose(ranked.reshape(-1, num_fours, 4).sum(2), widths).sum(1, keepdims=True)
@@ -174,7 +224,9 @@ def _mask(
     chosen = fours.choose_two(scores, rows, order, v)
 
     def with_others() -> jax.Array:
-        return base.top(jnp.where(chosen, base.ALWAYS, base.rank_keys(scores)), jnp.maximum(count, chosen.sum()))
+        return ranking.top(
+            jnp.where(chosen, ranking.ALWAYS, ranking.rank_keys(scores)), jnp.maximum(count, chosen.sum())
+        )
 
     elements = jax.lax.cond(jnp.asarray(count) > m * k // 2, with_others, lambda: chosen)
     return Mask(rows, kept, m, order, elements)

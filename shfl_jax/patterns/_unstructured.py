@@ -6,9 +6,13 @@ from typing import ClassVar
 import jax
 
 from shfl_jax.patterns import _base as base
+from shfl_jax.patterns import _ranking as ranking
+from shfl_jax.patterns._groups import padded_rows
 from shfl_jax.patterns._mask import Mask
+from shfl_jax.patterns._registry import register
 
 
+@register
 @dataclasses.dataclass(frozen=True)
 class Unstructured(base.Pattern):
     """Keeps the highest-scoring weights of a layer, wherever they are. Upper anchor for accuracy; it has no kernel.
@@ -24,12 +28,8 @@ class Unstructured(base.Pattern):
         """V = 1: every row has its own columns."""
         return 1
 
-    def units(self, shape: tuple[int, ...]) -> int:
-        """M * K weights."""
-        return shape[0] * shape[1]
-
     def mask(self, scores: jax.Array, count: jax.Array | int, previous: Mask | None = None) -> Mask:
         """See `Pattern.mask`; a unit is one weight."""
         base.check_shape(self, scores.shape)
         m = scores.shape[0]
-        return Mask(base.padded_rows(m, 1), base.top(base.rank_keys(scores), count), m)
+        return Mask(padded_rows(m, 1), ranking.top(ranking.rank_keys(scores), count), m)

@@ -66,7 +66,8 @@ def compressed_state(inner: optax.GradientTransformation, opt_state: Any, sparse
         return _Moment(matrix.values)
 
     fresh = inner.init(sparse["params"])
-    names = update_paths(jax.tree.map(lambda _: "", sparse["params"]), {path: path for path in compressed})
+    leaves, tree = jax.tree.flatten(sparse["params"])
+    names = update_paths(jax.tree.unflatten(tree, [""] * len(leaves)), {path: path for path in compressed})
     carried = optax.tree_utils.tree_map_params(
         inner.init, carry, state.inner_state, names, is_leaf=lambda node: isinstance(node, optax.MaskedNode)
     )

@@ -12,7 +12,7 @@ import optax
 
 from shfl_jax._layers import LayerSpec
 from shfl_jax._paths import path_leaves, update_paths
-from shfl_jax.patterns import Mask, Pattern, ShflBW, allocate
+from shfl_jax.patterns import Mask, Pattern, allocate
 from shfl_jax.pruning._schedules import LayerSchedule, RowSchedule, Schedule
 from shfl_jax.sparse import Masks
 
@@ -94,12 +94,9 @@ def refresh(
     for path in weights:
         arrays = [weights[path], *jax.tree.leaves(scores[path])]
         finite[path] = jnp.stack([jnp.isfinite(array).all() for array in arrays]).all()
-    sound = {path: jax.tree.map(lambda a, ok=finite[path]: jnp.where(ok, a, 0), scores[path]) for path in weights}
-    found = find(step, sound, masks)
-    chosen = {
-        path: jax.tree.map(lambda new, old, ok=finite[path]: jnp.where(ok, new, old), found[path], masks[path])
-        for path in found
-    }
+    nothing = jax.tree.map(jnp.zeros_like, scores)
+    found = find(step, {path: _choose(finite[path], scores[path], nothing[path]) for path in weights}, masks)
+    chosen = {path: _choose(finite[path], found[path], masks[path]) for path in found}
     return Masks(chosen, masks.specs), {path: skipped[path] + ~finite[path] for path in skipped}, finite
 
 
@@ -137,7 +134,9 @@ def hard(
         kernels, gradients = layer_kernels(params, layers), layer_kernels(updates, layers)
         recalled = remember(kernels, gradients, state.memory)
 
-        def renew(masks: Masks, skipped: dict, inner_state: Any) -> tuple[Masks, dict, Any]:
+        def renew(
+            masks: Masks, skipped: dict[str, jax.Array], inner_state: Any
+        ) -> tuple[Masks, dict[str, jax.Array], Any]:
             found = scores(kernels, gradients, recalled)
             new_masks, skipped, _ = refresh(state.step, kernels, found, masks, skipped, find)
             old, new = elements(masks), elements(new_masks)
@@ -145,7 +144,7 @@ def hard(
             return new_masks, skipped, inner_state
 
         masks, skipped, inner_state = jax.lax.cond(
-            schedule.is_update(state.step), renew, lambda *same: same, state.masks, state.skipped, state.inner_state
+            schedule.is_update(state.step), renew, _leave, state.masks, state.skipped, state.inner_state
         )
         updates, inner_state = inner_update(masks.apply(updates), inner_state, params, **extra_args)
         proposed = layer_kernels(updates, layers)
@@ -190,8 +189,8 @@ def soft(
         return search(step, scores, by_path, masks, schedule, allocation)
 
     def renew(
-        step: jax.Array, kernels: Matrices, masks: Masks, skipped: dict, recalled: Any
-    ) -> tuple[Masks, dict, Any]:
+        step: jax.Array, kernels: Matrices, masks: Masks, skipped: dict[str, jax.Array], recalled: Any
+    ) -> tuple[Masks, dict[str, jax.Array], Any]:
         wanted = target(kernels, masks, recalled)
         scores = {path: jnp.abs(by_path[path].to_matrix(value)) for path, value in wanted.items()}
         masks, skipped, finite = refresh(step, kernels, scores, masks, skipped, find)
@@ -223,8 +222,8 @@ def soft(
         step = state.step + 1
         masks, skipped, recalled = jax.lax.cond(
             schedule.is_update(step),
-            lambda *parts: renew(step, moved, *parts),
-            lambda *same: same,
+            functools.partial(renew, step, moved),
+            _leave,
             state.masks,
             state.skipped,
             state.memory,
@@ -267,28 +266,42 @@ def search(
     for (pattern, shape), paths in alike.items():
         stacks = [
             flatten((scores[p], previous[p]), specs[p].batch_shape)
-            + jax.tree.map(
-                lambda count, p=p: jnp.broadcast_to(count, specs[p].batch_shape).reshape(-1), (counts[p], targets[p])
-            )
+            + jax.tree.map(functools.partial(_one_a_slice, specs[p]), (counts[p], targets[p]))
             for p in paths
         ]
-        stacked = jax.tree.map(lambda *parts: jnp.concatenate(parts), *stacks)
+        stacked = jax.tree.map(_concatenated, *stacks)
         batch = min(stacked[0].shape[0], max(1, BATCH_WEIGHTS // int(np.prod(shape))))
         masks = choose_masks(pattern, *stacked, anew, batch=batch)
         first = 0
         for path in paths:
-            batch_shape = specs[path].batch_shape
-            last = first + int(np.prod(batch_shape))
-            found[path] = jax.tree.map(
-                lambda a, first=first, last=last, shape=batch_shape: a[first:last].reshape(*shape, *a.shape[1:]), masks
-            )
-            first = last
+            found[path] = jax.tree.map(functools.partial(_slices_from, specs[path], first), masks)
+            first += int(np.prod(specs[path].batch_shape))
     if turns is None:
         return found
-    return {
-        path: jax.tree.map(lambda new, old, due=turns[path].due: jnp.where(due, new, old), mask, previous[path])
-        for path, mask in found.items()
-    }
+    return {path: _choose(turns[path].due, mask, previous[path]) for path, mask in found.items()}
+
+
+def _choose(first: jax.Array, a: Any, b: Any) -> Any:
+    """One of two trees of arrays alike, the first where the flag says so."""
+    return jax.tree.map(functools.partial(jnp.where, first), a, b)
+
+
+def _leave(*state: Any) -> tuple[Any, ...]:
+    """What `jax.lax.cond` does in steps without an update of the masks."""
+    return state
+
+
+def _one_a_slice(spec: LayerSpec, count: jax.Array) -> jax.Array:
+    return jnp.broadcast_to(count, spec.batch_shape).reshape(-1)
+
+
+def _slices_from(spec: LayerSpec, first: int, stacked: jax.Array) -> jax.Array:
+    slices = stacked[first : first + int(np.prod(spec.batch_shape))]
+    return slices.reshape(*spec.batch_shape, *stacked.shape[1:])
+
+
+def _concatenated(*arrays: jax.Array) -> jax.Array:
+    return jnp.concatenate(arrays)
 
 
 def layer_kernels(tree: Any, layers: tuple[LayerSpec, ...]) -> dict[str, jax.Array]:
@@ -338,7 +351,11 @@ def elements(masks: Masks) -> dict[str, jax.Array]:
 
 def flatten(tree: Any, batch_shape: tuple[int, ...]) -> Any:
     """Makes one leading axis of the batch axes."""
-    return jax.tree.map(lambda a: a.reshape(-1, *a.shape[len(batch_shape) :]), tree)
+
+    def flat(array: jax.Array) -> jax.Array:
+        return array.reshape(-1, *array.shape[len(batch_shape) :])
+
+    return jax.tree.map(flat, tree)
 
 
 @functools.partial(jax.jit, static_argnames=("pattern", "batch"))
@@ -346,23 +363,32 @@ def choose_masks(
     pattern: Pattern, scores: jax.Array, previous: Mask, count: Any, target: Any, anew: jax.Array, *, batch: int
 ) -> Mask:
     """The new masks of a stack of matrices: scores (B, M, K), counts (B,), `batch` of them at a time."""
-    if not isinstance(pattern, ShflBW):
-        choose = functools.partial(jax.lax.map, lambda args: pattern.mask(args[0], args[2], args[1]), batch_size=batch)
-        return choose((scores, previous, count))
+
+    def masks(layer: tuple[jax.Array, Any, Mask]) -> Mask:
+        return pattern.mask(*layer)
+
+    def rows(layer: tuple[jax.Array, Any, Mask]) -> jax.Array:
+        return pattern.mask(*layer).rows
+
+    def masks_of_rows(layer: tuple[jax.Array, jax.Array, Any]) -> Mask:
+        return pattern.mask_of_rows(*layer)
+
+    each = functools.partial(jax.lax.map, batch_size=batch)
+    if not pattern.searches_rows:
+        return each(masks, (scores, count, previous))
     # Rows are grouped, for the target sparsity, when a layer is first pruned, and again only when the schedule says so:
     # regrouping rows discards what weights had adapted to their group, and weights pruned before are still zero.
     free = previous.kept.all((-1, -2)) | anew
-    search = functools.partial(jax.lax.map, lambda args: pattern.mask(*args).rows, batch_size=batch)
-    found = jax.lax.cond(free.any(), search, lambda args: args[2].rows, (scores, target, previous))
-    rows = jnp.where(free[:, None], found, previous.rows)
-    return jax.lax.map(lambda args: pattern.mask_of_rows(*args), (scores, rows, count), batch_size=batch)
+    found = jax.lax.cond(free.any(), lambda: each(rows, (scores, target, previous)), lambda: previous.rows)
+    return each(masks_of_rows, (scores, jnp.where(free[:, None], found, previous.rows), count))
 
 
 def zero_moments(
     inner: optax.GradientTransformation, state: Any, params: optax.Params, keep: dict[str, jax.Array]
 ) -> Any:
     """Zeroes the inner optimizer's per-parameter arrays where a weight is not kept."""
-    everything = update_paths(jax.tree.map(lambda _: True, params), keep)
+    leaves, tree = jax.tree.flatten(params)
+    everything = update_paths(jax.tree.unflatten(tree, [True] * len(leaves)), keep)
 
     def zero(moment: Any, keep: Any) -> Any:
         if not hasattr(moment, "shape") or moment.shape != getattr(keep, "shape", None):

@@ -1,5 +1,6 @@
 """Regrowth: masks that exchange weights during training and keep their number."""
 
+import functools
 from collections.abc import Iterable, Mapping
 
 import jax
@@ -7,7 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from shfl_jax._layers import LayerSpec
-from shfl_jax.patterns import VW, Mask, ShflTVW, group_scores, magnitude, scaled
+from shfl_jax.patterns import Mask, Vectors, group_scores, magnitude, scaled
 from shfl_jax.pruning._masking import Matrices, hard, layers_of, search
 from shfl_jax.pruning._schedules import Constant, Schedule
 from shfl_jax.sparse import Masks
@@ -35,7 +36,8 @@ def regrow(
 
     Args:
         inner: the optimizer.
-        specs: what `shfl_jax.linen.resolve` or `shfl_jax.nnx.resolve` returned; patterns `VW` and `ShflBW` alone.
+        specs: what `shfl_jax.linen.resolve` or `shfl_jax.nnx.resolve` returned; only patterns with `vectors`, which are
+            `VW` and `ShflBW`.
         schedule: when, and how far the share has fallen; `linear` from the start of training to its last quarter, say.
         drop: the share at first, in [0, 1].
         allocation: how sparsity is spread over layers, a `method` of `shfl_jax.allocate`.
@@ -52,7 +54,7 @@ def regrow(
     layers = layers_of(specs)
     by_path = {spec.path: spec for spec in layers}
     for spec in layers:
-        if not isinstance(spec.pattern, VW) or isinstance(spec.pattern, ShflTVW):
+        if spec.pattern.vectors is None:
             raise ValueError(
                 f"{spec.path} {spec.shape}: regrow exchanges columns of row groups, which {spec.pattern!r} does not "
                 "keep; use VW or ShflBW, or prune this layer by `shfl_jax.pruning.prune`"
@@ -73,22 +75,20 @@ def regrow(
             move = _exchange
             for _ in spec.batch_axes:
                 move = jax.vmap(move, in_axes=(None, 0, 0, 0, None, 0))
-            found[path] = move(spec.pattern, *scores[path], masks[path], share, pruned[path])
+            found[path] = move(spec.pattern.vectors, *scores[path], masks[path], share, pruned[path])
         return found
 
     return hard(inner, layers, schedule, scores=scores, find=find)
 
 
 def _exchange(
-    pattern: VW, weights: jax.Array, gradients: jax.Array, mask: Mask, share: jax.Array, pruned: Mask
+    vectors: Vectors, weights: jax.Array, gradients: jax.Array, mask: Mask, share: jax.Array, pruned: Mask
 ) -> Mask:
     """Drops and grows vectors of one matrix: magnitudes of weights and gradients (M, K); `pruned` where it is whole."""
-    groups = mask.kept.shape[0]
-    strong, steep = (group_scores(values, mask.rows, pattern.group_size) for values in (weights, gradients))
+    strong, steep = (group_scores(values, mask.rows, vectors.group_size) for values in (weights, gradients))
     count = mask.kept.sum(dtype=jnp.int32)
     staying = count - scaled(count, share)
-    stay = pattern.choose(jnp.where(mask.kept, strong, 0), staying, groups) & mask.kept
+    stay = vectors.choose(jnp.where(mask.kept, strong, 0), staying) & mask.kept
     # What stays ranks before all that can grow, so that the pattern's own choice keeps its floors and equal counts.
-    kept = pattern.choose(jnp.where(stay, jnp.inf, steep), count, groups)
-    moved = Mask(mask.rows, kept, mask.m)
-    return jax.tree.map(lambda a, b: jnp.where(mask.kept.all(), a, b), pruned, moved)
+    kept = vectors.choose(jnp.where(stay, jnp.inf, steep), count)
+    return jax.tree.map(functools.partial(jnp.where, mask.kept.all()), pruned, Mask(mask.rows, kept, mask.m))

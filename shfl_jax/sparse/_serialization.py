@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -13,17 +12,21 @@ from pallas_kernels._window import Window
 from pallas_kernels.gpu._layout import ConvLayout
 from pallas_kernels.xla._layout import CPULayout
 from shfl_jax._layers import LayerSpec
-from shfl_jax.patterns import Pattern
+from shfl_jax.patterns import registered, registered_name
 from shfl_jax.sparse._compress import CompressedLayer
 
 
 def encode_spec(spec: LayerSpec) -> dict[str, Any]:
-    """The JSON form of a spec."""
+    """The JSON form of a spec.
+
+    Raises:
+        ValueError: the class of its pattern is not registered.
+    """
     fields = {field.name: getattr(spec, field.name) for field in dataclasses.fields(spec) if field.name != "pattern"}
     options = {
         field.name: getattr(spec.pattern, field.name) for field in dataclasses.fields(spec.pattern) if field.init
     }
-    return {**fields, "pattern": {"name": spec.pattern.name, **options}}
+    return {**fields, "pattern": {"name": registered_name(spec.pattern), **options}}
 
 
 def decode_spec(encoded: dict[str, Any]) -> LayerSpec:
@@ -34,21 +37,15 @@ def decode_spec(encoded: dict[str, Any]) -> LayerSpec:
     """
     try:
         options = dict(encoded["pattern"])
-        kinds = {kind.name: kind for kind in _subclasses(Pattern) if hasattr(kind, "name")}
-        name = options.pop("name")
+        kinds, name = registered(), options.pop("name")
         if name not in kinds:
             raise ValueError(
-                f"unknown pattern {name!r}; known are {sorted(kinds)}: update the library, or import yours first"
+                f"unknown pattern {name!r}; known are {sorted(kinds)}: update the library, or import the "
+                "module that registers yours (`shfl_jax.patterns.register`)"
             )
         return LayerSpec(**{**encoded, "pattern": kinds[name](**options)})
     except (KeyError, TypeError) as error:
         raise ValueError(f"a layer's spec lacks a field or has a wrong one: {error}") from error
-
-
-def _subclasses(kind: type) -> Iterator[Any]:
-    for child in kind.__subclasses__():
-        yield child
-        yield from _subclasses(child)
 
 
 def _register(kind: type, name: str) -> None:

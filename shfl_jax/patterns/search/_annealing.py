@@ -80,7 +80,11 @@ def anneal(
 
 def group_sums(scores: jax.Array, grouping: jax.Array) -> jax.Array:
     """Sums of scores (S, M / S, K) over the rows of every group: (S, R, K)."""
-    return jax.vmap(lambda s, rows: s.at[rows].get(mode="fill", fill_value=0).sum(1))(scores, grouping)
+
+    def sums(shard: jax.Array, rows: jax.Array) -> jax.Array:
+        return shard.at[rows].get(mode="fill", fill_value=0).sum(1)
+
+    return jax.vmap(sums)(scores, grouping)
 
 
 def _exchange(gains: jax.Array, grouping: jax.Array, begin: jax.Array, rounds: int) -> jax.Array:

@@ -48,9 +48,13 @@ def order_columns(
     rank = slot % 4 * used + slot // 4
     live = (slot < 4 * used) & (rank < count)
     order = jnp.where(live, jnp.take_along_axis(ranked, jnp.minimum(rank, k - 1), axis=1), k)
+
+    def refine(group: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
+        return _refine(*group, rounds=rounds)
+
     if num_fours > 1 and rounds:
         # One group at a time: a round reads the members of a group 35 times, and they should stay in the cache.
-        order = jax.lax.map(lambda args: _refine(*args, rounds=rounds), (members, order, used[:, 0]))
+        order = jax.lax.map(refine, (members, order, used[:, 0]))
     order = jnp.sort(order.reshape(groups, num_fours, 4), axis=2)
     first = jnp.argsort(order[:, :, 0], axis=1, stable=True)
     return jnp.take_along_axis(order, first[:, :, None], axis=1).reshape(groups, -1)

@@ -8,7 +8,7 @@ import pytest
 
 import shfl_jax
 from shfl_jax import BW, NM, TEW, TVW, TW, VW, ShflBW, ShflTVW, Unstructured
-from shfl_jax.patterns import _base as base
+from shfl_jax.patterns import _ranking as ranking
 
 
 def spec(path, shape, pattern, batch=0):
@@ -187,7 +187,7 @@ def test_more_weights_than_integers_count():
 
     @jax.jit
     def kept(count):
-        return base.rank_together(keys, [price] * 3, [base.Limits(0, count, 3 * price)] * 3)
+        return ranking.rank_together(keys, [price] * 3, [ranking.Limits(0, count, 3 * price)] * 3)
 
     assert [int(n[0]) // price for n in kept(2 * price)] == [2, 3, 1]
     assert [int(n[0]) // price for n in kept(3 * price)] == [3, 3, 3]

@@ -41,7 +41,7 @@ IN_ORDER = jnp.asarray(np.minimum(np.arange(GROUPS * V), M), jnp.int32).reshape(
 
 def choose(count, balanced=False):
     pattern = VW(0.75, V, balanced=balanced)
-    return lambda sums: pattern.choose(sums[0], count, GROUPS)[None]
+    return lambda sums: pattern.vectors.choose(sums[0], count)[None]
 
 
 @functools.partial(jax.jit, static_argnames="balanced")

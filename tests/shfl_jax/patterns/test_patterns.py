@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 import shfl_jax
 from shfl_jax import BW, NM, TW, VW, ShflBW, Unstructured
-from shfl_jax.patterns import _base as base
+from shfl_jax.patterns import _ranking as ranking
 
 SHAPE = (22, 18)
 RAGGED_SHARDS = ShflBW(0.75, 4, balanced=True, shards=2)
@@ -150,8 +150,8 @@ def test_any_size_and_sparsity(shape, sparsity, seed, pattern):
 @pytest.mark.parametrize("factor", [0.0, 1e-9, 0.1, 0.5, 0.7300000190734863, 0.999, 1.0])
 def test_counts_are_exact_beyond_the_precision_of_float32(units, factor):
     factor = float(np.float32(factor))
-    assert abs(int(jax.jit(base.scaled)(units, factor)) - units * factor) <= 1
-    assert base.scaled(units, factor) == round(units * factor)
+    assert abs(int(jax.jit(ranking.scaled)(units, factor)) - units * factor) <= 1
+    assert ranking.scaled(units, factor) == round(units * factor)
 
 
 def test_a_large_unstructured_layer():
@@ -160,7 +160,7 @@ def test_a_large_unstructured_layer():
     assert int(count) == 2**26 - round(0.9 * 2**26)
     assert int(jax.jit(lambda f: pattern.count((8192, 8192), fraction=f))(1.0)) == int(count)
     keys = jnp.arange(2**24 + 2**19, dtype=jnp.int32).reshape(-1, 8192) // 2  # more than float32 counts exactly
-    kept = jax.jit(base.top)(keys, 2**24 + 3)
+    kept = jax.jit(ranking.top)(keys, 2**24 + 3)
     assert int(kept.sum()) == 2**24 + 3
     assert kept.reshape(-1)[-(2**24 + 2) :].all()
     assert bool(kept.reshape(-1)[2**19 - 4])
