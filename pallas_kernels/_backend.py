@@ -211,6 +211,12 @@ def register(backend: Backend) -> None:
     BACKENDS.update({backend.name: backend} | others)
 
 
+def implementations(platform: str) -> tuple[str, ...]:
+    """What `implementation=None` considers on a platform of JAX ("cpu", "cuda", ...), in that order; names."""
+    named = tuple(backend.name for backend in BACKENDS.values() if platform in backend.platforms)
+    return *named, list(BACKENDS)[-1]
+
+
 def choose(problem: Problem, backends: Iterable[Backend], gpu: GPU | None) -> Backend | None:
     """The first of some backends that has a kernel for a problem and pays."""
     for backend in backends:

@@ -5,6 +5,7 @@ A convolution (`conv2d`) is the same operation with another gather, and takes th
 
 import dataclasses
 import functools
+import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -24,7 +25,7 @@ from pallas_kernels.triton._backend import Triton
 from pallas_kernels.xla._backend import XLA
 
 LAYOUTS = ("token_major", "feature_major")
-MANY_TOKENS = 4096  # what `prepare` takes a product to have
+TOKENS = (8, 4096)  # few and many: `prepare` asks for a kernel for one of them
 
 FALLBACK = XLA()
 for _backend in (FALLBACK, Triton(), Mosaic()):
@@ -122,19 +123,29 @@ def prepare(matrix: RowGrouped, implementation: str | None = None, window: Windo
         raise ValueError("the matrix is prepared already: prepare the canonical one, as compressed or loaded")
     if window is not None and (window.features != matrix.topology.k or matrix.values.ndim > 2):
         raise ValueError(f"values {matrix.values.shape} of a matrix {matrix.shape} are no filters for {window}")
-    topology = matrix.topology
-    n = MANY_TOKENS if window is None else window.output_pixels * MANY_TOKENS
-    sizes = topology.m, topology.k, n, topology.num_slots, topology.group_size
-    problem = Problem("forward", *sizes, matrix.dtype.name, topology.equal_counts, topology.pairs is not None, window)
     if route.named is not None:
-        if reasons := route.named.why_not(problem):
-            raise NotImplementedError(f"{implementation} has no kernel for a {problem}: {'; '.join(reasons)}")
+        if reasons := _why_not_for(route.named, matrix, window):
+            raise NotImplementedError(
+                f"{implementation} has no kernel for {matrix.dtype.name} matrices of shape {matrix.shape} in groups of "
+                f"{matrix.topology.group_size} rows: {'; '.join(reasons)}"
+            )
         return route.named.prepare(matrix, window)
     platform = jax.default_backend()  # JAX calls CUDA "gpu" here, and "cuda" where it lowers
     for backend in route.on("cuda" if platform == "gpu" else platform):
-        if not backend.missing(devices.gpu()) and not backend.why_not(problem):
+        if not backend.missing(devices.gpu()) and not _why_not_for(backend, matrix, window):
             return backend.prepare(matrix, window)
     return FALLBACK.prepare(matrix, window)
+
+
+def _why_not_for(backend: Backend, matrix: RowGrouped, window: Window | None) -> list[str]:
+    """Why a backend has no kernel for a matrix that it arranged; empty where it has one, for few tokens or many."""
+    topology = matrix.topology
+    found = []
+    for n in TOKENS:
+        sizes = topology.m, topology.k, n * (1 if window is None else window.output_pixels), topology.num_slots
+        kind = matrix.dtype.name, topology.equal_counts, topology.pairs is not None, window
+        found.append(backend.why_not(Problem("forward", *sizes, topology.group_size, *kind)))
+    return min(found, key=len)
 
 
 def checked_route(implementation: str | None) -> Route:
@@ -197,9 +208,9 @@ def run(
     call: Call, route: Route, matrix: Prepared, x: jax.Array, bias: jax.Array | None, addend: jax.Array | None
 ) -> jax.Array:
     """Computes a call whose arguments are checked, (N, M) or (M, N) in the promoted dtype of the values and x."""
-    dtype = jnp.result_type(matrix.values, x)
     # Casting out here leaves the gradients' way back to the dtypes of the arguments to JAX.
-    values, x, bias, addend = jax.tree.map(lambda a: a.astype(dtype), (matrix.values, x, bias, addend))
+    cast = operator.methodcaller("astype", jnp.result_type(matrix.values, x))
+    values, x, bias, addend = jax.tree.map(cast, (matrix.values, x, bias, addend))
     return _jitted(call, route, Prepared(values, matrix.layout), x, bias, addend)
 
 

@@ -125,14 +125,18 @@ def dense_products(op: Op) -> tuple[Callable[..., Any], ...]:
     def contract(a: jax.Array, b: jax.Array, i: int, j: int) -> jax.Array:
         return jax.lax.dot_general(a, b, (((i,), (j,)), ((), ())), preferred_element_type=jnp.float32).astype(b.dtype)
 
-    return {
-        "forward": (lambda w, x, dy: contract(w, x, 1, 0), lambda w, x, dy: contract(_tokens_first(x), w, 1, 1)),
-        "grad_values": (
-            lambda w, x, dy: contract(dy, x, 1, 1),
-            lambda w, x, dy: contract(_tokens_first(dy), _tokens_first(x), 0, 0),
-        ),
-        "grad_input": (lambda w, x, dy: contract(w, dy, 0, 0), lambda w, x, dy: contract(_tokens_first(dy), w, 1, 0)),
-    }[op]  # fmt: skip
+    def feature_major(w: jax.Array, x: jax.Array, dy: jax.Array) -> jax.Array:
+        if op == "forward":
+            return contract(w, x, 1, 0)
+        return contract(dy, x, 1, 1) if op == "grad_values" else contract(w, dy, 0, 0)
+
+    def token_major(w: jax.Array, x: jax.Array, dy: jax.Array) -> jax.Array:
+        x, dy = _tokens_first(x), _tokens_first(dy)
+        if op == "forward":
+            return contract(x, w, 1, 1)
+        return contract(dy, x, 0, 0) if op == "grad_values" else contract(dy, w, 1, 0)
+
+    return feature_major, token_major
 
 
 def _tokens_first(x: jax.Array) -> jax.Array:

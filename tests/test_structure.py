@@ -40,10 +40,7 @@ PUBLIC_MODULES = {
     "shfl_jax.models.nnx",
 }
 
-ALLOWED = {
-    ("shfl_jax.sparse._serialization", "pallas_kernels._window.Window"): "a field of Topology, which is stored whole",
-    ("training.compare", "pallas_kernels._op.PREFERENCE"): "results files name the backends that were asked first",
-}
+ALLOWED: dict[tuple[str, str], str] = {}
 """(module, private name of a package below) -> why it is imported."""
 
 NAMESAKES = {"pallas_kernels.tune.tune": "the function behind `shfl-jax tune`"}

@@ -15,8 +15,7 @@ from rich import box
 from rich.table import Table
 
 import shfl_jax
-from pallas_kernels import timing
-from pallas_kernels._backend import BACKENDS
+from pallas_kernels import implementations, timing
 from shfl_jax import Pattern
 from training.gpt import GPT
 
@@ -198,5 +197,4 @@ def _implementation(run: Run, measured: Measurement | None) -> str:
     """What a model's products ran on, or may have run on where `matmul` chooses by shape."""
     if measured is None or run.masks is None or len(measured.dense) == len(run.masks):
         return "xla"
-    names = [backend.name for backend in BACKENDS.values() if "cuda" in backend.platforms]
-    return "+".join(names) if jax.default_backend() == "gpu" else "xla"
+    return "+".join(implementations("cuda")[:-1]) if jax.default_backend() == "gpu" else "xla"

@@ -1,10 +1,12 @@
 """The Mosaic backend: what its kernels can do on a Hopper GPU, when they pay, and the way to each of them."""
 
 import dataclasses
+import functools
 from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
+from typing_extensions import override
 
 from pallas_kernels import _tables as tables
 from pallas_kernels._activations import ACTIVATIONS
@@ -32,6 +34,7 @@ class Mosaic(Backend):
     name: ClassVar[str] = "mosaic_gpu"
     platforms: ClassVar[tuple[str, ...]] = ("cuda",)
 
+    @override
     def missing(self, gpu: GPU | None) -> str:
         """See `Backend.missing`."""
         if error := missing_module("pallas_kernels.mosaic._forward"):
@@ -40,6 +43,7 @@ class Mosaic(Backend):
             return f"it needs a Hopper GPU{'' if gpu is None else f', got {gpu.kind}'}"
         return ""
 
+    @override
     def why_not(self, problem: Problem) -> list[str]:
         """See `Backend.why_not`."""
         if problem.op == "grad_input":
@@ -73,6 +77,7 @@ class Mosaic(Backend):
             reasons.append(f"it needs {needs}, got {problem.n}")
         return reasons
 
+    @override
     def pays(self, problem: Problem, gpu: GPU | None) -> bool:
         """Whether a kernel here is faster than Triton's."""
         count = _multiprocessors(gpu)
@@ -87,6 +92,7 @@ class Mosaic(Backend):
         # With fewer tiles than (nearly) every multiprocessor has, Triton's smaller ones keep more of them busy.
         return configs.tiles(problem, self.configs(problem, gpu)[0]) >= BUSY * count
 
+    @override
     def config(self, problem: Problem, gpu: GPU | None) -> Config | GradConfig:
         """See `Backend.config`."""
         plain = problem.window is None and not problem.packed
@@ -96,14 +102,17 @@ class Mosaic(Backend):
         fields = entry["config"] | {"registers": tuple(entry["config"]["registers"])}
         return (GradConfig if problem.op == "grad_values" else Config)(**fields)
 
+    @override
     def configs(self, problem: Problem, gpu: GPU | None) -> tuple[Config | GradConfig, ...]:
         """See `Backend.configs`."""
         return configs.search_space(problem, _multiprocessors(gpu))
 
+    @override
     def prepare(self, matrix: RowGrouped, window: Window | None) -> Prepared:
         """See `pallas_kernels.gpu`."""
         return gpu_layout.prepare(matrix, window)
 
+    @override
     def forward(
         self, call: Call, matrix: Prepared, x: jax.Array, bias: jax.Array | None, addend: jax.Array | None,
         config: Config | None = None,
@@ -149,10 +158,11 @@ class Mosaic(Backend):
             window=window,
         )
         operands = kernel.Operands(matrix.values, ids, layout.rows, x, bias, addend, layout.pairs)
-        # Slices of a batch run one after the other: each fills the GPU.
-        y = jax.custom_batching.sequential_vmap(lambda operands: kernel.product(operands, shape, config))(operands)
+        product = functools.partial(kernel.product, shape=shape, config=config)
+        y = jax.custom_batching.sequential_vmap(product)(operands)  # slices of a batch: each fills the GPU
         return y.T if call.layout == "token_major" else y
 
+    @override
     def grad_values(
         self, call: Call, layout: MatrixLayout, x: jax.Array, dy: jax.Array, config: GradConfig | None = None
     ) -> jax.Array:

@@ -258,7 +258,11 @@ def _tiled(width: int, rows: int = 8) -> tuple[Any, ...]:
 
 def inline(function: Callable[..., Any], *arg_types: Any, result: Any = None) -> Callable[..., Any]:
     """Calls a function that emits instructions, with references and arrays of the given types."""
-    return plgpu.inline_mgpu(arg_types=arg_types, return_type=result)(lambda context, *args: function(*args))
+
+    def emit(context: Any, *args: Any) -> Any:
+        return function(*args)
+
+    return plgpu.inline_mgpu(arg_types=arg_types, return_type=result)(emit)
 
 
 def _activate(activation: str | None, y: Any) -> Any:
@@ -442,5 +446,9 @@ def _producer(refs: Operands, scratch: Scratch, work: Work, shape: Shape, config
     cursor = lax.fori_loop(0, c.ahead, fetch_ids, cursor)
     # The first weights need not wait for the first ids.
     early = jnp.minimum(steps, c.stages)
-    lax.fori_loop(0, early, lambda k, _: copy_weights(k, first + k), None)
+
+    def copy_early(k: Any, _: None) -> None:
+        copy_weights(k, first + k)
+
+    lax.fori_loop(0, early, copy_early, None)
     lax.fori_loop(0, work.count, tile, (jnp.int32(0), cursor))

@@ -6,6 +6,7 @@ from typing import ClassVar
 import jax
 import jax.numpy as jnp
 from jax import lax
+from typing_extensions import override
 
 from pallas_kernels import _layout as layouts
 from pallas_kernels._activations import ACTIVATIONS
@@ -34,6 +35,7 @@ class Triton(Backend):
     name: ClassVar[str] = "triton"
     platforms: ClassVar[tuple[str, ...]] = ("cuda",)
 
+    @override
     def missing(self, gpu: GPU | None) -> str:
         """See `Backend.missing`."""
         if error := missing_module("jax.experimental.pallas.triton"):
@@ -42,6 +44,7 @@ class Triton(Backend):
             return f"this version of JAX compiles no Triton kernels for {gpu.kind}"
         return ""
 
+    @override
     def why_not(self, problem: Problem) -> list[str]:
         """See `Backend.why_not`."""
         reasons: list[str] = []
@@ -58,20 +61,24 @@ class Triton(Backend):
             reasons += gpu_layout.why_no_window(problem.window)
         return reasons
 
+    @override
     def config(self, problem: Problem, gpu: GPU | None) -> Config:
         """See `Backend.config`; a convolution has the config of the product of its size."""
         return configs.config(problem, None if gpu is None else gpu.kind)
 
+    @override
     def configs(self, problem: Problem, gpu: GPU | None) -> tuple[Config, ...]:
         """See `Backend.configs`."""
         space = configs.search_space(problem)
         # Above so many tokens dX is a dense product, and no config matters.
         return space[:1] if problem.op == "grad_input" and not problem.few_tokens else space
 
+    @override
     def prepare(self, matrix: RowGrouped, window: Window | None) -> Prepared:
         """See `pallas_kernels.gpu`."""
         return gpu_layout.prepare(matrix, window)
 
+    @override
     def forward(
         self, call: Call, matrix: Prepared, x: jax.Array, bias: jax.Array | None, addend: jax.Array | None,
         config: Config | None = None,
@@ -120,6 +127,7 @@ class Triton(Backend):
         options = {"window": window, "activation": call.activation, "precision": call.precision}
         return _conv.forward(matrix, x, bias, config=config, **options)
 
+    @override
     def grad_values(
         self, call: Call, layout: MatrixLayout, x: jax.Array, dy: jax.Array, config: Config | None = None
     ) -> jax.Array:
@@ -140,6 +148,7 @@ class Triton(Backend):
         config = config or self._looked_up("grad_values", layout, flat.shape[1], flat)
         return _grad.grad_values(layout, flat, dy, precision=call.precision, config=config)
 
+    @override
     def grad_input(self, call: Call, matrix: Prepared, dy: jax.Array, config: Config | None = None) -> jax.Array:
         """See `Backend.grad_input`. No (M, K) array is made for a product of up to `FEW_TOKENS` tokens."""
         from pallas_kernels.triton import _grad

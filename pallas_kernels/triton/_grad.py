@@ -30,7 +30,11 @@ def grad_values(
     def gather(refs: tuple[Any, Any], slots: jax.Array, live: jax.Array | None) -> Any:
         columns_ref, x_ref = refs
         columns = plgpu.load(columns_ref.at[slots], mask=live, other=None if live is None else 0)
-        return lambda tokens, live_tokens: load_tile(x_ref, columns, tokens, live, live_tokens)
+
+        def load(tokens: jax.Array, live_tokens: jax.Array | None) -> jax.Array:
+            return load_tile(x_ref, columns, tokens, live, live_tokens)
+
+        return load
 
     return _product.grad_values(
         gather, layout, (layout.columns, x), dy, config=config, precision=precision, name="row_grouped_grad_values"

@@ -57,13 +57,16 @@ def loop(
     prefetch: bool,
 ) -> jax.Array:
     """Accumulates `multiply(step, load_indices(step), acc)`, the indices loaded in the step or carried into it."""
-    if not prefetch:
-        return lax.fori_loop(first, last, lambda step, acc: multiply(step, load_indices(step), acc), acc)
+
+    def in_step(step: jax.Array, acc: jax.Array) -> jax.Array:
+        return multiply(step, load_indices(step), acc)
 
     def body(step: jax.Array, carry: tuple[Any, jax.Array]) -> tuple[Any, jax.Array]:
         indices, acc = carry
         return load_indices(jnp.maximum(jnp.minimum(step + 1, last - 1), 0)), multiply(step, indices, acc)
 
+    if not prefetch:
+        return lax.fori_loop(first, last, in_step, acc)
     return lax.fori_loop(first, last, body, (load_indices(first), acc))[1]
 
 

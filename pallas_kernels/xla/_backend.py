@@ -4,6 +4,7 @@ import dataclasses
 from typing import Any, ClassVar
 
 import jax
+from typing_extensions import override
 
 from pallas_kernels import _layout as layouts
 from pallas_kernels._activations import ACTIVATIONS
@@ -21,14 +22,17 @@ class XLA(Backend):
     name: ClassVar[str] = "xla"
     platforms: ClassVar[tuple[str, ...]] = ()
 
+    @override
     def why_not(self, problem: Problem) -> list[str]:
         """There is nothing that it cannot do."""
         return []
 
+    @override
     def prepare(self, matrix: RowGrouped, window: Window | None) -> Prepared:
         """See `pallas_kernels.xla._layout`; nothing depends on a window."""
         return _layout.prepare(matrix)
 
+    @override
     def forward(
         self, call: Call, matrix: Prepared, x: jax.Array, bias: jax.Array | None, addend: jax.Array | None,
         config: Any = None,
@@ -48,6 +52,7 @@ class XLA(Backend):
             y = y + addend
         return ACTIVATIONS[call.activation](y).astype(x.dtype)
 
+    @override
     def grad_values(
         self, call: Call, layout: MatrixLayout, x: jax.Array, dy: jax.Array, config: Any = None
     ) -> jax.Array:
@@ -61,6 +66,7 @@ class XLA(Backend):
         token_major = call.layout == "token_major"
         return _matmul.grad_values(_layout.as_cpu(layout), x, dy, call.precision, token_major=token_major)
 
+    @override
     def grad_input(self, call: Call, matrix: Prepared, dy: jax.Array, config: Any = None) -> jax.Array:
         """See `Backend.grad_input`; that of a convolution is a dense convolution with the decompressed filters."""
         window = call.window

@@ -6,6 +6,7 @@ row of the implicit matrix is one such block, gathered where a product needs it,
 image for each remainder of the pixel's place, so that a block is contiguous whatever the stride.
 """
 
+import functools
 import itertools
 
 import jax
@@ -35,7 +36,8 @@ def dense_grad_input(weight: jax.Array, dy: jax.Array, window: Window, precision
     """The transposed convolution of dy, (M, H' W' B), with dense filters (M, K)."""
     dy = dy.reshape(weight.shape[0], *window.outputs, -1)
     x = jax.ShapeDtypeStruct((window.channels, *window.image, dy.shape[-1]), dy.dtype)
-    transposed = jax.linear_transpose(lambda x: dense(weight.astype(dy.dtype), x, window, precision), x)
+    convolve = functools.partial(dense, weight.astype(dy.dtype), window=window, precision=precision)
+    transposed = jax.linear_transpose(convolve, x)
     return transposed(dy)[0]
 
 

@@ -7,6 +7,7 @@ import itertools
 import jax
 import jax.numpy as jnp
 import numpy as np
+from typing_extensions import override
 
 from pallas_kernels import _layout as layouts
 from pallas_kernels._layout import DATA, META, MatrixLayout, Prepared, canonical_layout
@@ -36,10 +37,12 @@ class CPULayout(MatrixLayout):
     k_contiguous: bool
 
     @property
+    @override
     def for_cpu(self) -> bool:
         """This is the arrangement of XLA on a CPU."""
         return True
 
+    @override
     def slot_values(self, values: jax.Array) -> jax.Array:
         """The values of a matrix without pairs in the order of the slots, (P, V)."""
         return self._transposed(values, to_slots=True) if self.k_contiguous else values

@@ -7,6 +7,7 @@ segments have the same length form a run, one batched product. Values of an unpr
 
 import dataclasses
 import functools
+import operator
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -80,8 +81,12 @@ def token_major(values: jax.Array, layout: CPULayout, x: jax.Array, precision: l
     token_bytes = x.dtype.itemsize * x.shape[0]
     parts = _by_products(product, _runs(values, layout), token_bytes)
     # The permutation would look every element up in one part after another.
-    stored = _apart(lambda *parts: jnp.concatenate(parts, axis=1), layout, *parts) if len(parts) > 1 else parts[0]
+    stored = _apart(_side_by_side, layout, *parts) if len(parts) > 1 else parts[0]
     return _columns_of(stored, layout.inverse_rows, sentinels=False)
+
+
+def _side_by_side(*parts: jax.Array) -> jax.Array:
+    return jnp.concatenate(parts, axis=1)
 
 
 def _apart(function: Callable[..., jax.Array], layout: CPULayout, *arrays: jax.Array) -> jax.Array:
@@ -92,11 +97,16 @@ def _apart(function: Callable[..., jax.Array], layout: CPULayout, *arrays: jax.A
     """
     shape = jax.eval_shape(function, *arrays)
 
-    def branches(holds: jax.Array, *arrays: jax.Array) -> jax.Array:
-        return lax.cond(holds, function, lambda *_: jnp.zeros(shape.shape, shape.dtype), *arrays)
+    def never(*arrays: jax.Array) -> jax.Array:
+        return jnp.zeros(shape.shape, shape.dtype)
 
-    holds = layout.group_ptr[-1] >= 0
-    return lax.platform_dependent(holds, *arrays, cpu=branches, default=lambda _, *arrays: function(*arrays))
+    def conditional(holds: jax.Array, *arrays: jax.Array) -> jax.Array:
+        return lax.cond(holds, function, never, *arrays)
+
+    def plain(holds: jax.Array, *arrays: jax.Array) -> jax.Array:
+        return function(*arrays)
+
+    return lax.platform_dependent(layout.group_ptr[-1] >= 0, *arrays, cpu=conditional, default=plain)
 
 
 def _is_large(layout: CPULayout, n: int, token_bytes: int) -> bool:
@@ -120,13 +130,17 @@ def _by_products(
         limit = LOOP_GATHER_BYTES if loop else GATHER_BYTES
         most = min(max(limit // max(count * token_bytes, 1), -(-groups // MAX_PRODUCTS), 1), groups)
         step = next(step for step in range(most, 0, -1) if groups % step == 0)
-        chunks = jax.tree.map(lambda a, step=step: a.reshape(a.shape[0] // step, step, *a.shape[1:]), run)
+        chunks = jax.tree.map(functools.partial(_cut, step), run)
         if loop:
             part = lax.map(product, chunks)
             parts.append(part.reshape(part.shape[0] * part.shape[1], *part.shape[2:]))
         else:
-            parts += [product(jax.tree.map(lambda a, i=i: a[i], chunks)) for i in range(groups // step)]
+            parts += [product(jax.tree.map(operator.itemgetter(i), chunks)) for i in range(groups // step)]
     return parts
+
+
+def _cut(length: int, a: jax.Array) -> jax.Array:
+    return a.reshape(a.shape[0] // length, length, *a.shape[1:])
 
 
 def _permute_rows(stored: jax.Array, order: jax.Array, *, loop: bool) -> jax.Array:
@@ -145,10 +159,16 @@ def _store(a: jax.Array) -> jax.Array:
         return a
     first = a[(0,) * a.ndim]
 
-    def carried(a: jax.Array) -> jax.Array:
-        return lax.fori_loop(0, 2, lambda _, b: b.at[(0,) * a.ndim].set(first), a)
+    def rewrite(_: jax.Array, b: jax.Array) -> jax.Array:
+        return b.at[(0,) * b.ndim].set(first)
 
-    return lax.platform_dependent(a, cpu=carried, default=lambda a: a)
+    def carried(a: jax.Array) -> jax.Array:
+        return lax.fori_loop(0, 2, rewrite, a)
+
+    def same(a: jax.Array) -> jax.Array:
+        return a
+
+    return lax.platform_dependent(a, cpu=carried, default=same)
 
 
 def grad_values(
@@ -260,7 +280,10 @@ def _einsum(spec: str, a: Any, b: Any, precision: lax.PrecisionLike) -> jax.Arra
     def product(a: jax.Array, b: jax.Array) -> jax.Array:
         return jnp.einsum(spec, a, b, precision=precision, preferred_element_type=dtype)
 
+    def widened(a: jax.Array, b: jax.Array) -> jax.Array:
+        return product(a.astype(dtype), b.astype(dtype))
+
     if a.dtype == dtype:
         return product(a, b)
     # A CPU widens half precision in any case, but JAX 0.10 fails to run such a product with some operand layouts.
-    return lax.platform_dependent(a, b, cpu=lambda a, b: product(a.astype(dtype), b.astype(dtype)), default=product)
+    return lax.platform_dependent(a, b, cpu=widened, default=product)

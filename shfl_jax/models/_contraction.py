@@ -1,5 +1,6 @@
 """`DenseGeneral` and `Conv` with a compressed kernel, shared by Linen and NNX."""
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -178,4 +179,4 @@ def moved_batch_axes(matrix: RowGrouped | Prepared, spec: LayerSpec) -> RowGroup
             f"{spec.path} {spec.shape}: layers stacked along axes {axes} cannot be compressed; stack them along axis 0 "
             "or 1 (`variable_axes={'params': 0}`), or map the kernel to None in the plan"
         )
-    return jax.tree.map(lambda array: jnp.moveaxis(array, range(len(axes)), axes), matrix)
+    return jax.tree.map(functools.partial(jnp.moveaxis, source=range(len(axes)), destination=axes), matrix)

@@ -3,7 +3,18 @@
 from shfl_jax.pruning._admm import ADMMMemory, admm, admm_penalty
 from shfl_jax.pruning._finetune import compressed_state
 from shfl_jax.pruning._losses import bits_per_token, distillation
-from shfl_jax.pruning._masking import PruneState, choose_masks, keep_all, layer_kernels, zero_moments
+from shfl_jax.pruning._masking import (
+    PruneState,
+    choose_masks,
+    float32_like,
+    hard,
+    keep_all,
+    layer_kernels,
+    layers_of,
+    search,
+    soft,
+    zero_moments,
+)
 from shfl_jax.pruning._prune import masks, prune, sparse_params
 from shfl_jax.pruning._regrow import regrow
 from shfl_jax.pruning._schedules import (
@@ -37,14 +48,19 @@ __all__ = [
     "cubic",
     "cubic_fraction",
     "distillation",
+    "float32_like",
     "grow_and_prune",
+    "hard",
     "keep_all",
     "layer_kernels",
+    "layers_of",
     "linear",
     "masks",
     "one_shot",
     "prune",
     "regrow",
+    "search",
+    "soft",
     "sparse_params",
     "stages",
     "straight_through",

@@ -2,6 +2,7 @@
 
 import dataclasses
 import io
+import operator
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -148,7 +149,7 @@ def report(sparse: Mapping[str, Any], tokens: int | Sequence[int] | None = None)
         if matrix is not None and counts and not layer.spec.convolution:
             first = matrix
             for _ in layer.spec.batch_axes:
-                first = jax.tree.map(lambda array: array[0], first)
+                first = jax.tree.map(operator.itemgetter(0), first)
             described = dataclasses.replace(described, timings=tuple(_timed(first, n) for n in counts))
         rows.append(described)
     return Report(tuple(rows), jax.devices()[0].device_kind)

@@ -7,10 +7,7 @@ from typing import Any
 import jax
 from jax import export
 
-from pallas_kernels import MatrixLayout, Prepared, RowGrouped, Topology
-from pallas_kernels._window import Window
-from pallas_kernels.gpu._layout import ConvLayout
-from pallas_kernels.xla._layout import CPULayout
+from pallas_kernels import ConvLayout, CPULayout, MatrixLayout, Prepared, RowGrouped, Topology, Window
 from shfl_jax._layers import LayerSpec
 from shfl_jax.patterns import registered, registered_name
 from shfl_jax.sparse._compress import CompressedLayer

@@ -1,4 +1,4 @@
-"""A pattern from outside the library goes through all of it with one registration."""
+"""A pattern and a backend from outside the library go through all of it with one registration each."""
 
 import dataclasses
 from typing import ClassVar
@@ -10,7 +10,9 @@ import optax
 import pytest
 from flax import linen as nn
 
+import pallas_kernels
 import shfl_jax
+from pallas_kernels._backend import BACKENDS
 from shfl_jax import pruning
 from shfl_jax.patterns import group_scores, padded_rows, rank_keys, register, registered, top
 
@@ -40,6 +42,31 @@ class Bricks(shfl_jax.Pattern):
         m, k = scores.shape
         kept = top(self.unit_keys(scores), count).reshape(-(-m // self.height), -1)
         return shfl_jax.Mask(padded_rows(m, self.height), jnp.repeat(kept, self.width, axis=1)[:, :k], m)
+
+
+@dataclasses.dataclass(frozen=True)
+class Ours(pallas_kernels.Backend):
+    """A backend whose product shows in a lowered program; derivatives are left to others."""
+
+    name: ClassVar[str] = "ours"
+    platforms: ClassVar[tuple[str, ...]] = ("cpu", "cuda")
+
+    def why_not(self, problem):
+        return [] if problem.op == "forward" else ["it has no derivatives"]
+
+    def forward(self, call, matrix, x, bias, addend, config=None):
+        with jax.named_scope("by_our_backend"):
+            y = x @ pallas_kernels.to_dense(matrix).T
+        return y if bias is None else y + bias
+
+
+@pytest.fixture
+def backend():
+    before = dict(BACKENDS)
+    pallas_kernels.register(Ours())
+    yield "ours"
+    BACKENDS.clear()
+    BACKENDS.update(before)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,7 +109,7 @@ def one_shot():
 
 
 @pytest.mark.parametrize("prune", [train, one_shot])
-def test_a_users_pattern_goes_all_the_way(prune, tmp_path):
+def test_a_users_pattern_and_backend_go_all_the_way(prune, tmp_path, backend):
     params, masks = prune()
     for path, sparsity in (("hidden/kernel", 0.75), ("out/kernel", 0.5)):
         mask = np.asarray(masks[path].elements())
@@ -96,6 +123,18 @@ def test_a_users_pattern_goes_all_the_way(prune, tmp_path):
     np.testing.assert_array_equal(shfl_jax.decompress(sparse)["hidden"]["kernel"], params["hidden"]["kernel"])
     expected = MODEL.apply({"params": params}, X)
     np.testing.assert_allclose(shfl_jax.linen.apply(MODEL, sparse, X), expected, rtol=1e-5, atol=1e-5)
+
+    lowered = jax.jit(lambda sparse: shfl_jax.linen.apply(MODEL, sparse, X)).lower(sparse)
+    assert "by_our_backend" in lowered.as_text(debug_info=True)
+    matrix = shfl_jax.sparse.matrices(sparse)["hidden/kernel"]
+    np.testing.assert_allclose(
+        pallas_kernels.matmul(matrix, X, implementation=backend), X @ params["hidden"]["kernel"], rtol=1e-5, atol=1e-5
+    )
+    prepared = shfl_jax.prepare(sparse, backend)
+    np.testing.assert_allclose(shfl_jax.linen.apply(MODEL, prepared, X), expected, rtol=1e-5, atol=1e-5)
+    gradient = jax.grad(lambda params: shfl_jax.linen.apply(MODEL, {**sparse, "params": params}, X).sum())
+    assert jax.tree.map(jnp.shape, gradient(sparse["params"])) == jax.tree.map(jnp.shape, sparse["params"])
+    assert all(timing.time_us > 0 for row in shfl_jax.report(sparse, tokens=4).layers for timing in row.timings)
 
     rows = {row.path: row for row in shfl_jax.report(sparse).layers}
     hidden = rows["hidden/kernel"]
