@@ -41,7 +41,7 @@ def random_matrix(
     ptr = np.concatenate([[0], np.cumsum(counts)]).astype(np.int32)
     two = PAIRS[rng.integers(0, 6, (2 * -(-len(columns) // 8), v))].reshape(-1, 2, v)
     pairs = two[:, 0] | two[:, 1] << 4
-    values = jax.random.normal(jax.random.key(seed), (len(columns) // 2, v), dtype) * (counts.max() / 2) ** -0.5
+    values = jax.random.normal(jax.random.key(seed), (len(columns) // 2, v), dtype) * float(counts.max() / 2) ** -0.5
     topology = Topology(
         *map(jnp.asarray, (columns, ptr, rows)), m=m, k=k, group_size=v, max_count=int(counts.max()),
         pairs=jnp.asarray(pairs),

@@ -177,7 +177,7 @@ def channels_first(
     """Logits (B, classes) of images (B, H, W, 3), channels first throughout.
 
     Args:
-        units: as `fold` returns them, with row-grouped filters (`pallas_kernels.RowGrouped`, of
+        units: as `fold` returns them, with row-grouped filters (a `pallas_kernels.Matrix`, of
             `kernel.reshape(features, -1)`) in place of some kernels.
         x: images.
         stages: as in `ResNet`.
@@ -186,7 +186,7 @@ def channels_first(
 
     def unit(conv: Conv, x: jax.Array, shortcut: jax.Array | None, relu: bool) -> jax.Array:
         kernel, bias = units[conv.name]["kernel"], units[conv.name]["bias"]
-        if isinstance(kernel, pallas_kernels.RowGrouped):
+        if isinstance(kernel, pallas_kernels.Matrix):
             return pallas_kernels.conv2d(
                 kernel, x, kernel_size=(conv.kernel, conv.kernel), strides=conv.stride, padding=conv.padding,
                 bias=bias, addend=shortcut, activation="relu" if relu else None,
@@ -276,7 +276,7 @@ def measure(
             call_us, queued_us = timing.interleaved_us({"": call}, runs=10)[""], timing.queued_us(call, runs=10)
             found, kernels = time_us(function, [(units, x), (units, x)])
             error = jnp.linalg.norm(y[:8].astype(jnp.float32) - wanted) / jnp.linalg.norm(wanted)
-        sparse = [unit for unit in units.values() if isinstance(unit["kernel"], pallas_kernels.RowGrouped)]
+        sparse = [unit for unit in units.values() if isinstance(unit["kernel"], pallas_kernels.Matrix)]
         records.append(base | {
             "form": form, "layout": layout, "pattern": "shfl_bw" if sparse else "dense",
             "sparsity": sparsity if sparse else 0.0, "group_size": group_size if sparse else 0,

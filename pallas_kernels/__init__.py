@@ -3,7 +3,7 @@
 from pallas_kernels._backend import Backend, implementations, register
 from pallas_kernels._conv import conv2d
 from pallas_kernels._cost import Prediction, predict, predict_convolution
-from pallas_kernels._layout import MatrixLayout, Prepared, join, to_dense
+from pallas_kernels._layout import Matrix, MatrixLayout, Prepared, join, to_dense
 from pallas_kernels._matrix import RowGrouped, Topology, from_dense, row_grouped
 from pallas_kernels._op import matmul, prepare
 from pallas_kernels._two_four import from_dense_two_four
@@ -15,6 +15,7 @@ __all__ = [
     "Backend",
     "CPULayout",
     "ConvLayout",
+    "Matrix",
     "MatrixLayout",
     "Prediction",
     "Prepared",

@@ -71,6 +71,11 @@ class Problem:
         return self.slots * self.group_size / (self.m * self.k)
 
     @property
+    def is_symbolic(self) -> bool:
+        """Whether the number of tokens is not known when tracing (`jax.export` with symbolic shapes)."""
+        return not isinstance(self.n, int)
+
+    @property
     def few_tokens(self) -> bool:
         """Whether reading the weights is what takes the time."""
         return self.n <= FEW_TOKENS

@@ -7,8 +7,7 @@ from jaxtyping import Array, Float
 
 from pallas_kernels import _window as windows
 from pallas_kernels._backend import Call
-from pallas_kernels._layout import Prepared
-from pallas_kernels._matrix import RowGrouped
+from pallas_kernels._layout import Matrix
 from pallas_kernels._op import check_added, checked_matrix, checked_route, run
 from pallas_kernels._window import Padding, Pair
 
@@ -19,7 +18,7 @@ FROM_NATIVE: dict[str, tuple[int, ...]] = {"CHWN": (0, 1, 2, 3), "NHWC": (3, 1, 
 
 
 def conv2d(
-    filters: RowGrouped | Prepared,
+    filters: Matrix,
     x: Float[Array, "_ _ _ _"],
     *,
     kernel_size: Pair,

@@ -4,21 +4,23 @@ A backend arranges a matrix once, on the host (`prepare`); where that was not do
 arrangement as it is. Functions here see no difference.
 """
 
+import contextlib
 import dataclasses
 import functools
 import math
+from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from pallas_kernels._matrix import RowGrouped, Topology
-from pallas_kernels._pairs import unpack, wide_pairs
+from pallas_kernels._pairs import unpack, unpack_bits, wide_pairs
 
 Segments = tuple[tuple[int, int], ...]
 """((groups, slots), ...): how long the segments of neighbouring groups are, in the order of the groups."""
 
-DATA = ["columns", "group_ptr", "rows", "counts", "pairs", "order"]
+DATA = ["columns", "group_ptr", "rows", "counts", "pairs", "chosen", "order"]
 META = ["m", "k", "group_size", "max_count", "segments", "sentinels"]
 
 
@@ -34,6 +36,7 @@ class MatrixLayout:
         counts: None where no segment is padded, else (R,) int32: the first `counts[r]` slots of group r are real, the
             others hold zeros.
         pairs: None, or under 2:4 in words of two bytes: (ceil(P / 16), V) uint16, see `wide_pairs`.
+        chosen: as in `Topology`, in the order of the values.
         order: None where groups stand as in the canonical matrix, else (R,) int32: group r is its group `order[r]`.
         m: output features M.
         k: input features K.
@@ -48,6 +51,7 @@ class MatrixLayout:
     rows: jax.Array
     counts: jax.Array | None = None
     pairs: jax.Array | None = None
+    chosen: jax.Array | None = None
     order: jax.Array | None = None
     m: int
     k: int
@@ -130,12 +134,23 @@ class Prepared:
         return self.values.nbytes + self.layout.nbytes
 
 
-def join(values: Float[Array, "*batch stored V"], integers: Topology | MatrixLayout) -> RowGrouped | Prepared:
+Matrix = RowGrouped | Prepared
+"""A row-grouped matrix, canonical or prepared."""
+
+
+def join(values: Float[Array, "*batch stored V"], integers: Topology | MatrixLayout) -> Matrix:
     """The matrix of some values and the `integers` of another one like it."""
     return RowGrouped(values, integers) if isinstance(integers, Topology) else Prepared(values, integers)
 
 
-def as_prepared(matrix: RowGrouped | Prepared) -> Prepared:
+@contextlib.contextmanager
+def standard_promotion() -> Iterator[None]:
+    """Promotion of dtypes and ranks as this package is written for, whatever the user's settings are."""
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        yield
+
+
+def as_prepared(matrix: Matrix) -> Prepared:
     """The matrix as kernels read it; a canonical one as it is, without moving a value. Traceable."""
     return matrix if isinstance(matrix, Prepared) else Prepared(matrix.values, canonical_layout(matrix.topology))
 
@@ -147,6 +162,7 @@ def canonical_layout(topology: Topology) -> MatrixLayout:
         group_ptr=topology.group_ptr,
         rows=topology.rows,
         pairs=None if topology.pairs is None else wide_pairs(topology.pairs),
+        chosen=topology.chosen,
         m=topology.m,
         k=topology.k,
         group_size=topology.group_size,
@@ -167,11 +183,11 @@ def expand(matrix: Prepared) -> Prepared:
     values = matrix.values.reshape(-1, 2, 1, v)
     slot = jnp.arange(4, dtype=jnp.uint8)[:, None]
     fours = jnp.where(two[:, 0] == slot, values[:, 0], jnp.where(two[:, 1] == slot, values[:, 1], 0))
-    return Prepared(fours.reshape(-1, v), dataclasses.replace(layout, pairs=None))
+    return Prepared(fours.reshape(-1, v), dataclasses.replace(layout, pairs=None, chosen=None))
 
 
 def select(layout: MatrixLayout, expanded: jax.Array) -> jax.Array:
-    """Takes the stored values of a 2:4 layout out of (P, V) expanded ones: (P / 2, V), zero without a column."""
+    """Takes the stored values of a 2:4 layout out of (P, V) expanded ones: (P / 2, V), zero where none is kept."""
     v = layout.group_size
     assert layout.pairs is not None
     pairs = unpack(layout.pairs, layout.num_values).reshape(-1, 2, v)
@@ -179,7 +195,10 @@ def select(layout: MatrixLayout, expanded: jax.Array) -> jax.Array:
     # Selects rather than a gather: XLA fuses them with whatever made the values.
     two = [jnp.where(p == 0, fours[:, 0], jnp.where(p == 1, fours[:, 1], jnp.where(p == 2, fours[:, 2], fours[:, 3])))
            for p in (pairs[:, 0], pairs[:, 1])]  # fmt: skip
-    return jnp.stack(two, axis=1).reshape(-1, v)
+    values = jnp.stack(two, axis=1).reshape(-1, v)
+    if layout.chosen is None:
+        return values
+    return jnp.where(unpack_bits(layout.chosen, layout.num_values) != 0, values, 0)
 
 
 def filled(layout: MatrixLayout) -> MatrixLayout:
@@ -190,7 +209,7 @@ def filled(layout: MatrixLayout) -> MatrixLayout:
     """
     fours = layout.columns.reshape(-1, 4)
     columns = jnp.where(fours < layout.k, fours, fours[:, :1]).reshape(-1)
-    return dataclasses.replace(layout, columns=columns, pairs=None)
+    return dataclasses.replace(layout, columns=columns, pairs=None, chosen=None)
 
 
 def slot_groups(layout: MatrixLayout) -> jax.Array:
@@ -240,7 +259,8 @@ def stored_rows_dense(matrix: Prepared) -> jax.Array:
     return vectors.reshape(layout.k, -1)
 
 
-def to_dense(matrix: RowGrouped | Prepared) -> Float[Array, "M K"]:
+@standard_promotion()
+def to_dense(matrix: Matrix) -> Float[Array, "M K"]:
     """Decompresses a matrix without leading axes, under jit or not: (M, K), exact zeros where nothing is stored."""
     expanded = expand(as_prepared(matrix))
     return stored_rows_dense(expanded).T[inverse_rows(expanded.layout)]

@@ -22,7 +22,7 @@ HostArray = jax.Array | np.ndarray
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=["columns", "group_ptr", "rows", "pairs"],
+    data_fields=["columns", "group_ptr", "rows", "pairs", "chosen"],
     meta_fields=["m", "k", "group_size", "max_count"],
 )
 @dataclasses.dataclass(frozen=True)
@@ -45,6 +45,9 @@ class Topology:
         pairs: None where every row of a group uses every kept column. Under 2:4, (ceil(P / 8), V) uint8: slots stand in
             fours, each row uses two slots of a four, and `values` is (P / 2, V). Two bits say which slot of its four a
             value belongs to, the lower first; four of them make a byte along P / 2, the first in the lowest bits.
+        chosen: None where every stored value is a kept weight or stands for no weight at all. Else, under 2:4,
+            (ceil(P / 16), V) uint8, a bit for each value, the first of eight in the lowest bit: a row that keeps fewer
+            than two of a four has values that are padding though their slot is a weight's. They are zero and stay so.
     """
 
     columns: jax.Array
@@ -55,6 +58,7 @@ class Topology:
     group_size: int
     max_count: int
     pairs: jax.Array | None = None
+    chosen: jax.Array | None = None
 
     @property
     def num_groups(self) -> int:
@@ -125,6 +129,7 @@ def row_grouped(
     group_ptr: Int32[HostArray, "*batch R+1"],
     rows: Int32[HostArray, "*batch R*V"],
     pairs: UInt8[HostArray, "*batch bytes V"] | None = None,
+    chosen: UInt8[HostArray, "*batch bytes V"] | None = None,
     *,
     m: int,
     k: int,
@@ -138,6 +143,7 @@ def row_grouped(
         group_ptr: (..., R + 1) int32.
         rows: (..., R * V) int32.
         pairs: None, or (..., ceil(P / 8), V) uint8; the two of a four ascend strictly.
+        chosen: None, or with pairs (..., ceil(P / 16), V) uint8, see `Topology`.
         m: output features M.
         k: input features K.
 
@@ -166,6 +172,10 @@ def row_grouped(
             raise ValueError(f"{name} must have shape {expected[name]} beside values {values.shape}, got {array.shape}")
     if pairs is not None:
         _check_pairs(pairs, batch, p, v)
+    if chosen is not None:
+        wanted = (*batch, -(-p // 16), v)
+        if pairs is None or chosen.dtype != np.uint8 or chosen.shape != wanted:
+            raise ValueError(f"chosen must be uint8 of shape {wanted} beside pairs, got {chosen.dtype} {chosen.shape}")
     if r * v < m:
         raise ValueError(
             f"{r} groups of {v} rows cannot hold {m} rows: group_ptr needs at least {-(-m // v) + 1} entries"
@@ -197,8 +207,8 @@ def row_grouped(
         if len(used) != m or not np.array_equal(np.sort(used), np.arange(m)):
             raise ValueError(f"rows{at} must hold each of 0..{m - 1} once and the sentinel {m} elsewhere")
     arrays = (jnp.asarray(a) for a in (columns, group_ptr, rows))
-    pairs = None if pairs is None else jnp.asarray(pairs)
-    topology = Topology(*arrays, m=m, k=k, group_size=v, max_count=longest, pairs=pairs)
+    pairs, chosen = (None if a is None else jnp.asarray(a) for a in (pairs, chosen))
+    topology = Topology(*arrays, m=m, k=k, group_size=v, max_count=longest, pairs=pairs, chosen=chosen)
     return RowGrouped(jnp.asarray(values), topology)
 
 

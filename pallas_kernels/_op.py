@@ -15,9 +15,9 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from pallas_kernels import _devices as devices
-from pallas_kernels._activations import ACTIVATIONS
+from pallas_kernels._activations import ACTIVATIONS, activate, activation_gradient
 from pallas_kernels._backend import BACKENDS, Backend, Call, Layout, Op, Problem, check, choose, register
-from pallas_kernels._layout import MatrixLayout, Prepared, as_prepared
+from pallas_kernels._layout import Matrix, MatrixLayout, Prepared, as_prepared, standard_promotion
 from pallas_kernels._matrix import RowGrouped
 from pallas_kernels._window import Window
 from pallas_kernels.mosaic._backend import Mosaic
@@ -50,7 +50,7 @@ class Route:
 
 
 def matmul(
-    matrix: RowGrouped | Prepared,
+    matrix: Matrix,
     x: Float[Array, "..."],
     *,
     bias: Float[Array, " M"] | None = None,
@@ -81,6 +81,7 @@ def matmul(
 
     Raises:
         ValueError: a shape, a dtype or a name is wrong.
+        TypeError: an argument is no array.
         NotImplementedError: the implementation asked for by name cannot do this product; the text says why.
     """
     if layout not in LAYOUTS:
@@ -160,9 +161,7 @@ def checked_route(implementation: str | None) -> Route:
     return Route(named, tuple(BACKENDS.values()))
 
 
-def checked_matrix(
-    matrix: RowGrouped | Prepared, arrays: dict[str, jax.Array | None], activation: str | None
-) -> Prepared:
+def checked_matrix(matrix: Matrix, arrays: dict[str, jax.Array | None], activation: str | None) -> Prepared:
     """Checks what all operations share: the activation's name, the values' shape, and that all arrays are floating.
 
     Returns:
@@ -170,16 +169,21 @@ def checked_matrix(
 
     Raises:
         ValueError: one of them is wrong.
+        TypeError: one is no array.
     """
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation must be one of {tuple(ACTIVATIONS)}, got {activation!r}")
+    for name, array in ({"values": matrix.values} | arrays).items():
+        if array is not None and not hasattr(array, "dtype"):
+            raise TypeError(f"{name} must be an array, got a {type(array).__name__}: wrap it in jnp.asarray")
+        if array is not None and not jnp.issubdtype(array.dtype, jnp.floating):
+            raise ValueError(f"{name} must be floating, got {array.dtype}: cast it first")
+        if array is not None and array.dtype.itemsize < 2:
+            raise ValueError(f"{name} must be floating, of 16 bits or more, got {array.dtype}: cast it first")
     if matrix.values.ndim != 2:
         raise ValueError(
             f"values of shape {matrix.values.shape} are a stacked matrix: map over its leading axes with jax.vmap"
         )
-    for name, array in ({"values": matrix.values} | arrays).items():
-        if array is not None and not jnp.issubdtype(array.dtype, jnp.floating):
-            raise ValueError(f"{name} must be floating, got {array.dtype}: cast it first")
     prepared = as_prepared(matrix)
     expected = prepared.layout.num_values, prepared.layout.group_size
     if matrix.values.shape != expected:
@@ -190,9 +194,7 @@ def checked_matrix(
     return prepared
 
 
-def check_added(
-    matrix: RowGrouped | Prepared, bias: jax.Array | None, addend: jax.Array | None, result: tuple[int, ...]
-) -> None:
+def check_added(matrix: Matrix, bias: jax.Array | None, addend: jax.Array | None, result: tuple[int, ...]) -> None:
     """Checks the shapes of what is added to a product.
 
     Raises:
@@ -221,6 +223,7 @@ def _product(
     return _forward(call, route, matrix, x, bias, addend)
 
 
+@standard_promotion()
 def _forward(call: Call, route: Route, matrix: Prepared, *arrays: Any) -> jax.Array:
     def forward(backend: Backend, matrix: Prepared, *arrays: Any) -> jax.Array:
         return backend.forward(call, matrix, *arrays)
@@ -252,19 +255,21 @@ def _dispatch(
     return lax.platform_dependent(*operands, default=functools.partial(compute, FALLBACK), **branches)
 
 
+@standard_promotion()
 def _product_fwd(
     call: Call, route: Route, matrix: Prepared, x: jax.Array, bias: jax.Array | None, addend: jax.Array | None
 ) -> tuple[jax.Array, Any]:
     y = _forward(dataclasses.replace(call, activation=None), route, matrix, x, bias, addend)
     # With an activation its argument is the residual; without one nothing of the output is kept.
     pre, has_addend = None if call.activation is None else y, None if addend is None else ()
-    return ACTIVATIONS[call.activation](y), (matrix, x, bias, has_addend, pre)
+    return activate(call.activation, y), (matrix, x, bias, has_addend, pre)
 
 
+@standard_promotion()
 def _product_bwd(call: Call, route: Route, residuals: Any, dy: jax.Array) -> tuple[Any, ...]:
     matrix, x, bias, has_addend, pre = residuals
     if pre is not None:
-        dy = jax.vjp(ACTIVATIONS[call.activation], pre)[1](dy)[0]
+        dy = activation_gradient(call.activation, pre, dy)
 
     def grad_values(backend: Backend, layout: MatrixLayout, x: jax.Array, dy: jax.Array) -> jax.Array:
         return backend.grad_values(call, layout, x, dy)

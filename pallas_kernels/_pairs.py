@@ -21,10 +21,23 @@ def pack(pairs: Array) -> Array:
     return quads[..., 0, :] | quads[..., 1, :] << 2 | quads[..., 2, :] << 4 | quads[..., 3, :] << 6
 
 
+def pack_bits(flags: Array) -> Array:
+    """Packs (..., Q, V) booleans into (..., ceil(Q / 8), V) uint8, the first in the lowest bit."""
+    lib: Any = np if isinstance(flags, np.ndarray) else jnp
+    return lib.packbits(flags, axis=-2, bitorder="little")
+
+
+def unpack_bits(packed: Array, q: int) -> Array:
+    """Undoes `pack_bits`: the first q flags, (..., q, V) uint8 of 0 and 1."""
+    lib: Any = np if isinstance(packed, np.ndarray) else jnp
+    return lib.unpackbits(packed, axis=-2, count=q, bitorder="little")
+
+
 def unpack(packed: Array, q: int) -> Array:
     """Undoes `pack`, whether of bytes or `wide_pairs`: the first q pairs, (..., q, V) uint8."""
-    shifts = np.arange(0, 8 * packed.dtype.itemsize, 2).astype(packed.dtype)[:, None]
-    pairs: Any = (packed[..., None, :] >> shifts & np.array(3, packed.dtype)).astype(np.uint8)
+    shifts = np.arange(0, 8 * packed.dtype.itemsize, 2).astype(packed.dtype)
+    shifts = shifts.reshape((1,) * (packed.ndim - 1) + (-1, 1))
+    pairs: Any = (packed[..., None, :] >> shifts & packed.dtype.type(3)).astype(np.uint8)
     return pairs.reshape(*packed.shape[:-2], -1, packed.shape[-1])[..., :q, :]
 
 

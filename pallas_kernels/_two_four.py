@@ -4,7 +4,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int32
 
 from pallas_kernels._matrix import HostArray, RowGrouped, row_grouped
-from pallas_kernels._pairs import pack
+from pallas_kernels._pairs import pack, pack_bits
 
 
 def from_dense_two_four(
@@ -50,6 +50,7 @@ def from_dense_two_four(
     values = np.zeros((*batch, p // 4, 2, v), weight.dtype)
     pairs = np.broadcast_to(np.arange(2, dtype=np.uint8)[:, None], (*batch, p // 4, 2, v)).copy()
     columns = np.full((*batch, p // 4, 4), k, np.int32)
+    kept = np.ones((*batch, p // 4, 2, v), bool)
     for b in np.ndindex(*batch):
         group, four = np.nonzero(fours[b][..., 0] < k)
         column = fours[b][group, four][:, :, None]
@@ -66,12 +67,14 @@ def from_dense_two_four(
         pairs[b][: len(column)] = two
         picked = np.where(chosen, weight[b][at], 0)
         values[b][: len(column)] = np.take_along_axis(picked, two, axis=1)
+        kept[b][: len(column)] = np.take_along_axis(chosen | ~real, two, axis=1)
     return row_grouped(
         values.reshape(*batch, p // 2, v),
         columns.reshape(*batch, p),
         group_ptr,
         rows.astype(np.int32),
         pack(pairs.reshape(*batch, p // 2, v)),
+        None if kept.all() else pack_bits(kept.reshape(*batch, p // 2, v)),
         m=m,
         k=k,
     )

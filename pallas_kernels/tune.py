@@ -29,7 +29,7 @@ from pallas_kernels import _tables as tables
 from pallas_kernels import timing
 from pallas_kernels._backend import BACKENDS, FEW_TOKENS, Call, Op, Problem
 from pallas_kernels._devices import gpu
-from pallas_kernels._layout import Prepared, as_prepared
+from pallas_kernels._layout import Matrix, Prepared, as_prepared
 from pallas_kernels._matrix import RowGrouped, Topology
 
 __all__ = [
@@ -92,7 +92,7 @@ def random_matrix(
     rows = np.full(groups * group_size, m, np.int32)
     rows[:m] = rng.permutation(m)
     ptr = np.concatenate([[0], np.cumsum(counts)]).astype(np.int32)
-    values = jax.random.normal(jax.random.key(seed), (len(columns), group_size), dtype) * (counts.mean() ** -0.5)
+    values = jax.random.normal(jax.random.key(seed), (len(columns), group_size), dtype) * float(counts.mean()) ** -0.5
     arrays = map(jnp.asarray, (columns, ptr, rows))
     topology = Topology(*arrays, m=m, k=k, group_size=group_size, max_count=int(counts.max()))
     return RowGrouped(values.astype(dtype), topology)
@@ -105,7 +105,7 @@ def product(op: Op, config: Any, implementation: str = IMPLEMENTATIONS[0]) -> Ca
     """
     backend, call = BACKENDS[implementation], Call()
 
-    def run(matrix: RowGrouped | Prepared, x: jax.Array, dy: jax.Array) -> jax.Array:
+    def run(matrix: Matrix, x: jax.Array, dy: jax.Array) -> jax.Array:
         prepared = as_prepared(matrix)
         problem = Problem.of_layout(op, prepared.layout, call.tokens(x), x.dtype)
         if reasons := backend.why_not(problem):

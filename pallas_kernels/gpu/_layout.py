@@ -12,7 +12,7 @@ import numpy as np
 
 from pallas_kernels._layout import DATA, META, MatrixLayout, Prepared, canonical_layout, slot_is_real
 from pallas_kernels._matrix import INT32_MAX, RowGrouped
-from pallas_kernels._pairs import pack, unpack, wide_pairs
+from pallas_kernels._pairs import pack, pack_bits, unpack, unpack_bits, wide_pairs
 from pallas_kernels._window import Window
 
 SEGMENT = 64  # segments are padded to multiples of this, the longest step that pays with many tokens
@@ -73,7 +73,7 @@ def _padded(matrix: RowGrouped) -> Prepared:
     for g, start, length in zip(order, starts[:-1], lengths, strict=True):
         columns[start : start + length] = np.resize(old_columns[ptr[g] : ptr[g + 1]], length) if length else 0
     source = _sources(ptr, order, starts)
-    values, pairs = np.asarray(matrix.values), None
+    values, pairs, chosen = np.asarray(matrix.values), None, None
     if topology.pairs is None:
         values = _taken(values, source, 0)
     else:
@@ -82,6 +82,9 @@ def _padded(matrix: RowGrouped) -> Prepared:
         old_pairs = unpack(np.asarray(topology.pairs), matrix.values.shape[0]).reshape(-1, 2, v)
         ascending = np.arange(2, dtype=np.uint8)[:, None]  # those of padding ascend too
         pairs = jnp.asarray(wide_pairs(pack(_taken(old_pairs, fours, ascending).reshape(-1, v))))
+        if topology.chosen is not None:
+            old = unpack_bits(np.asarray(topology.chosen), matrix.values.shape[0]).reshape(-1, 2, v)
+            chosen = jnp.asarray(pack_bits(_taken(old, fours, 0).reshape(-1, v)))
     firsts = np.flatnonzero(np.diff(lengths, prepend=-1))
     runs = np.diff(np.append(firsts, len(lengths)))
     prepared = dataclasses.replace(
@@ -91,6 +94,7 @@ def _padded(matrix: RowGrouped) -> Prepared:
         rows=jnp.asarray(np.asarray(topology.rows).reshape(-1, v)[order].reshape(-1)),
         counts=jnp.asarray(counts[order].astype(np.int32)),
         pairs=pairs,
+        chosen=chosen,
         order=jnp.asarray(order.astype(np.int32)),
         max_count=int(lengths.max(initial=0)),
         segments=tuple((int(run), int(lengths[first])) for run, first in zip(runs, firsts, strict=True)),

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from typing_extensions import override
 
 from pallas_kernels import _tables as tables
-from pallas_kernels._activations import ACTIVATIONS
+from pallas_kernels._activations import activate
 from pallas_kernels._backend import FEW_TOKENS, Backend, Call, Problem
 from pallas_kernels._devices import GPU, MULTIPROCESSORS, gpu, missing_module
 from pallas_kernels._layout import MatrixLayout, Prepared
@@ -48,6 +48,8 @@ class Mosaic(Backend):
         """See `Backend.why_not`."""
         if problem.op == "grad_input":
             return ["it has no kernel for dX"]
+        if problem.is_symbolic:
+            return ["it needs a number of tokens that is known when tracing"]
         reasons: list[str] = []
         window = problem.window
         if problem.group_size not in GROUP_SIZES:
@@ -127,7 +129,7 @@ class Mosaic(Backend):
         layout, n, window = matrix.layout, call.tokens(x), call.window
         if addend is not None and layout.pairs is not None:
             y = self.forward(dataclasses.replace(call, activation=None), matrix, x, bias, None, config)
-            return ACTIVATIONS[call.activation](y + addend)
+            return activate(call.activation, y + addend)
         if config is None:
             found = self.config(Problem.of_layout("forward", layout, n, x.dtype, window), gpu())
             assert isinstance(found, Config)
@@ -159,7 +161,8 @@ class Mosaic(Backend):
         )
         operands = kernel.Operands(matrix.values, ids, layout.rows, x, bias, addend, layout.pairs)
         product = functools.partial(kernel.product, shape=shape, config=config)
-        y = jax.custom_batching.sequential_vmap(product)(operands)  # slices of a batch: each fills the GPU
+        with jax.enable_x64(False):  # 32 bits for indices
+            y = jax.custom_batching.sequential_vmap(product)(operands)  # slices of a batch: each fills the GPU
         return y.T if call.layout == "token_major" else y
 
     @override
@@ -181,7 +184,8 @@ class Mosaic(Backend):
             return kernel.product(*operands, count=count, group_size=v, config=config, multiprocessors=multiprocessors)
 
         # Slices of a batch run one after the other: each fills the GPU.
-        return jax.custom_batching.sequential_vmap(product)(layout.columns, layout.rows, x, dy.astype(x.dtype))
+        with jax.enable_x64(False):  # 32 bits for indices
+            return jax.custom_batching.sequential_vmap(product)(layout.columns, layout.rows, x, dy.astype(x.dtype))
 
 
 def _why_no_grad_values(problem: Problem) -> list[str]:

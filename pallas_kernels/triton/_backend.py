@@ -9,7 +9,7 @@ from jax import lax
 from typing_extensions import override
 
 from pallas_kernels import _layout as layouts
-from pallas_kernels._activations import ACTIVATIONS
+from pallas_kernels._activations import activate
 from pallas_kernels._backend import FEW_TOKENS, Backend, Call, Op, Problem
 from pallas_kernels._devices import GPU, gpu, missing_module
 from pallas_kernels._layout import MatrixLayout, Prepared
@@ -47,6 +47,8 @@ class Triton(Backend):
     @override
     def why_not(self, problem: Problem) -> list[str]:
         """See `Backend.why_not`."""
+        if problem.is_symbolic:
+            return ["it needs a number of tokens that is known when tracing"]
         reasons: list[str] = []
         v = problem.group_size
         if v < 16 or v & (v - 1):
@@ -90,7 +92,7 @@ class Triton(Backend):
         """
         if addend is not None:
             y = self.forward(dataclasses.replace(call, activation=None), matrix, x, bias, None, config)
-            return ACTIVATIONS[call.activation](y + addend)
+            return activate(call.activation, y + addend)
         call, x = call.as_product(x)
         if call.tokens(x) == 0:
             m = matrix.layout.m

@@ -23,7 +23,7 @@ def call(
     """
 
     def run(*args: Any, interpret: bool) -> Any:
-        return pl.pallas_call(
+        run_kernel = pl.pallas_call(
             functools.partial(kernel, interpret=interpret),
             out_shape=out_shape,
             grid=grid,
@@ -31,7 +31,10 @@ def call(
             input_output_aliases=aliases or {},
             name=name,
             compiler_params=plgpu.CompilerParams(num_warps=config.num_warps, num_stages=config.num_stages),
-        )(*args)
+        )
+        # Index arithmetic of 32 bits, whatever the user's default: program ids have them.
+        with jax.enable_x64(False):
+            return run_kernel(*args)
 
     return lax.platform_dependent(
         *args, cuda=functools.partial(run, interpret=False), default=functools.partial(run, interpret=True)

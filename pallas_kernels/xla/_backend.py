@@ -58,7 +58,7 @@ class XLA(Backend):
     ) -> jax.Array:
         """See `Backend.grad_values`. Under 2:4 those of all kept columns, of which the stored slots are taken."""
         if layout.pairs is not None:
-            expanded = dataclasses.replace(layout, pairs=None)
+            expanded = dataclasses.replace(layout, pairs=None, chosen=None)
             return layouts.select(layout, self.grad_values(call, expanded, x, dy))
         call, x = call.as_product(x)
         if call.window is not None:

@@ -12,7 +12,7 @@ from typing_extensions import override
 from pallas_kernels import _layout as layouts
 from pallas_kernels._layout import DATA, META, MatrixLayout, Prepared, canonical_layout
 from pallas_kernels._matrix import RowGrouped
-from pallas_kernels._pairs import pack, unpack, wide_pairs
+from pallas_kernels._pairs import pack, pack_bits, unpack, unpack_bits, wide_pairs
 
 # Lengths that `prepare` pads segments to. XLA runs the products of a batch in parallel since JAX 0.11. Before that only
 # several independent products use all cores where single ones are small, so there may be more of them.
@@ -96,6 +96,8 @@ def prepare(matrix: RowGrouped) -> Prepared:
     values = np.asarray(matrix.values)
     new_values = np.zeros((*batch, new_ptr[-1] // per_slot, v), values.dtype)
     two = None if topology.pairs is None else unpack(np.asarray(topology.pairs), values.shape[-2])
+    kept = None if topology.chosen is None else unpack_bits(np.asarray(topology.chosen), values.shape[-2])
+    new_kept = np.zeros((new_ptr[-1] // 2, v), np.uint8)
     new_two = np.tile(np.arange(2, dtype=np.uint8)[:, None], (new_ptr[-1] // 4, v))  # those of padding ascend too
     for b in np.ndindex(*batch):
         new_rows[b] = rows[b].reshape(r, v)[order[b]].reshape(-1)
@@ -110,12 +112,15 @@ def prepare(matrix: RowGrouped) -> Prepared:
             new_values[b][new] = segment.T.reshape(-1, v) if two is None else segment
             if two is not None:
                 new_two[new.start : new.start + old.stop - old.start] = two[old]
+            if kept is not None:
+                new_kept[new.start : new.start + old.stop - old.start] = kept[old]
     layout = CPULayout(
         columns=jnp.asarray(new_columns),
         group_ptr=jnp.asarray(np.broadcast_to(new_ptr, (*batch, r + 1))),
         rows=jnp.asarray(new_rows),
         counts=jnp.asarray(counts.astype(np.int32)),
         pairs=None if two is None else jnp.asarray(wide_pairs(pack(new_two))),
+        chosen=None if kept is None else jnp.asarray(pack_bits(new_kept)),
         order=jnp.asarray(order.astype(np.int32)),
         m=topology.m,
         k=k,

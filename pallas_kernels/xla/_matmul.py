@@ -55,6 +55,7 @@ def gathered_product(
     values: jax.Array, layout: CPULayout, gather: Gather, n: int, precision: lax.PrecisionLike
 ) -> jax.Array:
     """W X, (M, N), for an X (K, N) of the matrix's dtype that need not exist: `gather` makes the rows asked for."""
+    n = _known(n)
     token_bytes = values.dtype.itemsize * n
     loop = _is_large(layout, n, token_bytes)
     spec = "gvc,gcn->gvn" if layout.k_contiguous else "gcv,gcn->gvn"
@@ -76,9 +77,10 @@ def token_major(values: jax.Array, layout: CPULayout, x: jax.Array, precision: l
             return jnp.stack([_columns_of(x, group, run.sentinels) for group in columns])
 
         y = _einsum(spec, _apart(gather, layout, x, run.columns), run.values, precision)
-        return y.swapaxes(0, 1).reshape(x.shape[0], -1)
+        groups, n, v = y.shape
+        return y.swapaxes(0, 1).reshape(n, groups * v)  # -1 knows no answer where there are no tokens
 
-    token_bytes = x.dtype.itemsize * x.shape[0]
+    token_bytes = x.dtype.itemsize * _known(x.shape[0])
     parts = _by_products(product, _runs(values, layout), token_bytes)
     # The permutation would look every element up in one part after another.
     stored = _apart(_side_by_side, layout, *parts) if len(parts) > 1 else parts[0]
@@ -107,6 +109,11 @@ def _apart(function: Callable[..., jax.Array], layout: CPULayout, *arrays: jax.A
         return function(*arrays)
 
     return lax.platform_dependent(layout.group_ptr[-1] >= 0, *arrays, cpu=conditional, default=plain)
+
+
+def _known(n: Any) -> int:
+    """The number of tokens, or where it is symbolic (`jax.export`) one whose form suits any size."""
+    return n if isinstance(n, int) else TOKENS_OF_LOOPS
 
 
 def _is_large(layout: CPULayout, n: int, token_bytes: int) -> bool:
@@ -192,8 +199,9 @@ def gathered_gradient(
         gradient = _einsum(spec, gathered, _rows_of(dy, run.rows), precision)
         return gradient.reshape(-1, v) if known else gradient
 
-    token_bytes = dy.dtype.itemsize * dy.shape[1]
-    loop = loop or _is_large(layout, dy.shape[1], token_bytes)
+    n = _known(dy.shape[1])
+    token_bytes = dy.dtype.itemsize * n
+    loop = loop or _is_large(layout, n, token_bytes)
     gradient = jnp.concatenate(_by_products(product, _runs(None, layout), token_bytes, loop=loop))
     group = slot_groups(layout)
     if not known:

@@ -10,12 +10,12 @@ import jax.numpy as jnp
 from flax.linen.linear import canonicalize_padding
 
 import pallas_kernels
-from pallas_kernels import Prepared, RowGrouped
+from pallas_kernels import Matrix
 from shfl_jax._layers import LayerSpec
 
 
 def contract(
-    matrix: RowGrouped | Prepared,
+    matrix: Matrix,
     x: jax.Array,
     bias: jax.Array | None,
     spec: LayerSpec,
@@ -57,7 +57,7 @@ def contract(
     if x.size != k * math.prod(tokens):
         raise ValueError(f"{spec.path}: expected inputs with {k} features (M={m}), got {x.shape[x.ndim - len(axis) :]}")
 
-    def multiply(matrix: RowGrouped | Prepared, x: jax.Array, bias: jax.Array | None) -> jax.Array:
+    def multiply(matrix: Matrix, x: jax.Array, bias: jax.Array | None) -> jax.Array:
         return pallas_kernels.matmul(matrix, x, bias=bias, precision=precision)
 
     for _ in batch_dims:
@@ -68,7 +68,7 @@ def contract(
 
 
 def convolve(
-    matrix: RowGrouped | Prepared,
+    matrix: Matrix,
     x: jax.Array,
     bias: jax.Array | None,
     spec: LayerSpec,
@@ -154,7 +154,7 @@ def check_convolution(layer: Any, spec: LayerSpec) -> None:
         )
 
 
-def _check_stack(matrix: RowGrouped | Prepared, spec: LayerSpec, batch_axes: int) -> None:
+def _check_stack(matrix: Matrix, spec: LayerSpec, batch_axes: int) -> None:
     if matrix.values.ndim - 2 != batch_axes:
         raise ValueError(
             f"{spec.path}: a stack of matrices (values {matrix.values.shape}) reached a layer that runs "
@@ -167,7 +167,7 @@ def as_tuple(sizes: int | Sequence[int], length: int = 1) -> tuple[int, ...]:
     return (sizes,) * length if isinstance(sizes, int) else tuple(sizes)
 
 
-def moved_batch_axes(matrix: RowGrouped | Prepared, spec: LayerSpec) -> RowGrouped | Prepared:
+def moved_batch_axes(matrix: Matrix, spec: LayerSpec) -> Matrix:
     """Puts the leading axes of a stacked matrix where the kernel had them, for scan and vmap to slice.
 
     Raises:

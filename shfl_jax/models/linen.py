@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from pallas_kernels import Prepared, RowGrouped
+from pallas_kernels import Matrix
 from shfl_jax._layers import LayerSpec
 from shfl_jax._paths import path_leaves, update_paths
 from shfl_jax.models._axes import contraction_axes, split_arrays, tie_batch_axes
@@ -104,7 +104,7 @@ def apply(model: nn.Module, variables: Mapping[str, Any], *args: Any, **kwargs: 
 class _Kernel:
     """A compressed kernel where the model expects an array, so that scan and vmap slice all its arrays alike."""
 
-    matrix: RowGrouped | Prepared
+    matrix: Matrix
     spec: LayerSpec
 
 

@@ -8,7 +8,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 import pallas_kernels
-from pallas_kernels import Prepared, RowGrouped
+from pallas_kernels import Matrix
 from shfl_jax._layers import LayerSpec
 from shfl_jax._paths import path_leaves, update_paths
 from shfl_jax.models._axes import contraction_axes, split_arrays, tie_batch_axes
@@ -115,7 +115,7 @@ class _Sparse(nnx.Module):
         spec: the layer's `LayerSpec`.
     """
 
-    def __init__(self, layer: Any, matrix: RowGrouped | Prepared, spec: LayerSpec) -> None:
+    def __init__(self, layer: Any, matrix: Matrix, spec: LayerSpec) -> None:
         matrix = moved_batch_axes(matrix, spec)
         self.kernel = nnx.Param(matrix.values)
         self.topology = Topology(matrix.integers)
@@ -126,9 +126,7 @@ class _Sparse(nnx.Module):
         self.promote_dtype = layer.promote_dtype
         self.preferred_element_type = layer.preferred_element_type
 
-    def _operands(
-        self, inputs: jax.Array, out_sharding: Any
-    ) -> tuple[RowGrouped | Prepared, jax.Array, jax.Array | None]:
+    def _operands(self, inputs: jax.Array, out_sharding: Any) -> tuple[Matrix, jax.Array, jax.Array | None]:
         """The matrix, the inputs and the bias in the dtype of the computation."""
         if out_sharding is not None or self.preferred_element_type is not None:
             raise NotImplementedError(f"{self.spec.path}: out_sharding and preferred_element_type need a dense kernel")
@@ -140,7 +138,7 @@ class _Sparse(nnx.Module):
 class SparseLinear(_Sparse):
     """An `nnx.Linear` or `nnx.LinearGeneral` with a compressed kernel; `sparsify` makes them."""
 
-    def __init__(self, layer: Any, matrix: RowGrouped | Prepared, spec: LayerSpec) -> None:
+    def __init__(self, layer: Any, matrix: Matrix, spec: LayerSpec) -> None:
         """Takes over a layer.
 
         Raises:
@@ -180,7 +178,7 @@ class SparseLinear(_Sparse):
 class SparseConv(_Sparse):
     """An `nnx.Conv` with a compressed kernel; `sparsify` makes them."""
 
-    def __init__(self, layer: nnx.Conv, matrix: RowGrouped | Prepared, spec: LayerSpec) -> None:
+    def __init__(self, layer: nnx.Conv, matrix: Matrix, spec: LayerSpec) -> None:
         """Takes over a layer.
 
         Raises:

@@ -26,9 +26,9 @@ from shfl_jax._paths import path_leaves
 from shfl_jax.sparse._compress import CompressedLayer, layers, matrices, nest
 from shfl_jax.sparse._serialization import decode_spec, encode_spec
 
-VERSION = 1
+VERSIONS = (1, 2)  # with the second came `chosen`; what does without it is written as the first
 _HEADER = "header.json"
-_INTEGERS = ("columns", "group_ptr", "rows", "pairs")  # the last one only under 2:4
+_INTEGERS = ("columns", "group_ptr", "rows", "pairs", "chosen")  # the last two only under 2:4
 
 
 class CheckpointError(ValueError):
@@ -65,7 +65,7 @@ def save(path: str | os.PathLike[str], sparse: Mapping[str, Any]) -> None:
     directory = f"arrays.{secrets.token_hex(8)}"
     header = {
         "format": "shfl_jax",
-        "version": VERSION,
+        "version": VERSIONS[any(key.endswith("/chosen") for key in collections["topology"])],
         "directory": directory,
         "layers": {name: _describe(layer) for name, layer in found.items()},
         "arrays": {
@@ -129,8 +129,7 @@ def load(path: str | os.PathLike[str]) -> dict[str, Any]:
                 if any(part is None for part in parts[:3]):
                     raise ValueError("its topology lacks an array")
                 m, k = spec.matrix_shape
-                columns, group_ptr, rows, *pairs = parts
-                matrix = row_grouped(flat["params"][name], columns, group_ptr, rows, *pairs, m=m, k=k)
+                matrix = row_grouped(flat["params"][name], *parts, m=m, k=k)
                 integers = matrix.topology
                 if _describe(CompressedLayer(integers, spec))["V"] != entry["V"]:
                     raise ValueError(f"the header says V={entry['V']}, the values {matrix.values.shape} another")
@@ -164,10 +163,10 @@ def _read_header(path: Path) -> dict[str, Any]:
         raise CheckpointError(
             f"{file} is no header of a compressed model; give the directory that `shfl_jax.save` wrote"
         )
-    if header.get("version") != VERSION:
+    if header.get("version") not in VERSIONS:
         raise CheckpointError(
-            f"{file} has format version {header.get('version')!r}, this library reads {VERSION}; save the model again, "
-            "or use the version of the library that wrote it"
+            f"{file} has format version {header.get('version')!r}, this library reads "
+            f"{' and '.join(map(str, VERSIONS))}; save the model again, or use the version of the library that wrote it"
         )
     if header.pop("crc32", None) != _crc_of_header(header):
         raise CheckpointError(f"{file} has a wrong checksum; save the model again")

@@ -12,7 +12,7 @@ import numpy as np
 from jax.typing import DTypeLike
 
 import pallas_kernels
-from pallas_kernels import MatrixLayout, Prepared, RowGrouped, Topology
+from pallas_kernels import Matrix, MatrixLayout, Prepared, RowGrouped, Topology
 from shfl_jax._layers import LayerSpec
 from shfl_jax._paths import path_leaves, update_paths
 from shfl_jax.patterns import Mask
@@ -186,14 +186,14 @@ def layers(sparse: Mapping[str, Any]) -> dict[str, CompressedLayer]:
     return path_leaves(sparse["topology"], is_leaf=lambda node: isinstance(node, CompressedLayer))
 
 
-def matrices(sparse: Mapping[str, Any]) -> dict[str, RowGrouped | Prepared]:
+def matrices(sparse: Mapping[str, Any]) -> dict[str, Matrix]:
     """The compressed kernels: path -> `RowGrouped`, or `Prepared`, with leading axes for stacked layers.
 
     Raises:
         ValueError: this is no compressed model, or its two halves do not belong together.
     """
     params: dict[str, Any] = path_leaves(sparse["params"]) if "params" in sparse else {}
-    found: dict[str, RowGrouped | Prepared] = {}
+    found: dict[str, Matrix] = {}
     for path, layer in layers(sparse).items():
         if path not in params:
             raise ValueError(f"'topology' has {path!r}, 'params' has not; pass both as `compress` returned them")

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 import pallas_kernels
-from pallas_kernels import Prepared, RowGrouped
+from pallas_kernels import Matrix
 from shfl_jax._paths import path_leaves
 from shfl_jax.sparse._compress import CompressedLayer, layers, matrices
 
@@ -163,7 +163,7 @@ def _dense(path: str, layer: CompressedLayer, kernel: jax.Array) -> LayerReport:
     return LayerReport(path, layer.spec.pattern.name, batch, m, k, None, sparsity, "-", size, size, "dense", why)
 
 
-def _compressed(path: str, layer: CompressedLayer, matrix: RowGrouped | Prepared) -> LayerReport:
+def _compressed(path: str, layer: CompressedLayer, matrix: Matrix) -> LayerReport:
     integers, (m, k) = matrix.integers, matrix.shape
     counts = np.asarray(integers.real_counts).reshape(-1, integers.num_groups)
     rows = (np.asarray(integers.rows) < m).reshape(*counts.shape, integers.group_size).sum(-1)
@@ -185,7 +185,7 @@ def _compressed(path: str, layer: CompressedLayer, matrix: RowGrouped | Prepared
     )
 
 
-def _timed(matrix: RowGrouped | Prepared, tokens: int) -> Timing:
+def _timed(matrix: Matrix, tokens: int) -> Timing:
     from pallas_kernels import timing  # imports Mosaic GPU, which only measurements need
 
     x = jax.random.normal(jax.random.key(0), (tokens, matrix.shape[1]), matrix.dtype)

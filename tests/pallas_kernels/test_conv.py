@@ -405,7 +405,7 @@ def test_the_default_is_the_fastest_that_can_do_it():
         run(matrix, x, implementation="mosaic_gpu")
     odd = make(dataclasses.replace(case, v=6))[0]
     assert "triton" not in lower(run, odd, x).as_text()
-    with pytest.raises(NotImplementedError, match="groups of 16, 32, 64"):
+    with pytest.raises(NotImplementedError, match="groups have 16, 32, 64"):
         run(odd, x, implementation="triton")
     wide = pk.prepare(tune.random_matrix(128, 45, 0.5, 64), "mosaic_gpu")
     for batch, taken in ((256, "mosaic_gpu"), (8, "xla.gpu.triton"), (257, "xla.gpu.triton")):

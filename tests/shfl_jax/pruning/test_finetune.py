@@ -9,6 +9,7 @@ from flax import linen as nn
 
 import pallas_kernels
 import shfl_jax
+from pallas_kernels._layout import as_prepared
 from pallas_kernels.xla import _matmul as xla
 from shfl_jax import TVW, VW, pruning
 
@@ -115,7 +116,9 @@ def test_the_derivative_by_parts_of_the_groups(monkeypatch, layout, m, prepared)
         matrix = pallas_kernels.prepare(matrix, "xla")
     monkeypatch.setattr(xla, "DENSE_BYTES", 3 * 24 * 16 * 4)  # three groups, and one or two more
     dy = rng.normal(size=(5, m)).astype(np.float32)
-    got = xla.grad_input(matrix, jnp.asarray(dy if layout == "token_major" else dy.T), layout=layout, precision=None)
+    token_major = layout == "token_major"
+    dy_here = jnp.asarray(dy if token_major else dy.T)
+    got = xla.grad_input(as_prepared(matrix), dy_here, None, token_major=token_major)
     np.testing.assert_allclose(got if layout == "token_major" else got.T, dy @ dense, rtol=1e-4, atol=1e-4)
 
 
