@@ -43,7 +43,7 @@ def conv2d(
     stand between two convolutions under one `jit`, XLA cancels what stands between them: a network's images are moved
     once. A 1 x 1 convolution with stride 1 is the feature-major product of `matmul`.
     Differentiable in the filters' values, `x`, `bias` and `addend`; `vmap` also maps over stacked filters. Accumulates
-    in float32. Second derivatives need `implementation="xla"`, as in `matmul`.
+    in float32. Forward mode and second derivatives need `implementation="xla"`, as in `matmul`.
 
     Args:
         filters: (C_out, kh * kw * C), canonical or from `prepare`.

@@ -22,6 +22,7 @@ from pallas_kernels._matrix import RowGrouped
 from pallas_kernels._window import Window
 from pallas_kernels.mosaic._backend import Mosaic
 from pallas_kernels.triton._backend import Triton
+from pallas_kernels.xla import _differentiable as differentiable
 from pallas_kernels.xla._backend import XLA
 
 LAYOUTS = ("token_major", "feature_major")
@@ -63,7 +64,8 @@ def matmul(
     """Computes activation(W x + bias + addend) for a row-grouped W.
 
     Differentiable in the matrix's values, `x`, `bias` and `addend`; `vmap` also maps over a stacked matrix. Accumulates
-    in float32. Second derivatives need `implementation="xla"`: Pallas kernels have none, not even where XLA would run.
+    in float32. Forward mode and second derivatives need `implementation="xla"`: Pallas kernels have none, not even
+    where XLA would run.
 
     Args:
         matrix: W, (M, K), canonical or from `prepare`.
@@ -213,7 +215,16 @@ def run(
     # Casting out here leaves the gradients' way back to the dtypes of the arguments to JAX.
     cast = operator.methodcaller("astype", jnp.result_type(matrix.values, x))
     values, x, bias, addend = jax.tree.map(cast, (matrix.values, x, bias, addend))
-    return _jitted(call, route, Prepared(values, matrix.layout), x, bias, addend)
+    prepared = Prepared(values, matrix.layout)
+    if route.named == FALLBACK:
+        return _jitted_xla(call, prepared, x, bias, addend)
+    try:
+        return _jitted(call, route, prepared, x, bias, addend)
+    except TypeError as error:
+        if "forward-mode" not in str(error):
+            raise
+        name = "implementation=None" if route.named is None else f"implementation={route.named.name!r}"
+        raise TypeError(f"{name} has no forward mode, no backend but XLA has: use implementation='xla'") from error
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -229,6 +240,21 @@ def _forward(call: Call, route: Route, matrix: Prepared, *arrays: Any) -> jax.Ar
         return backend.forward(call, matrix, *arrays)
 
     return _dispatch("forward", call, route, arrays[0], forward, matrix, *arrays)
+
+
+def _once(compute: Callable[..., Any], route: Route) -> Callable[..., Any]:
+    """The same function, whose derivative is an error that says which implementation has one."""
+    name = "implementation=None" if route.named is None else f"implementation={route.named.name!r}"
+
+    @jax.custom_jvp
+    def once(*operands: Any) -> Any:
+        return compute(*operands)
+
+    @once.defjvp
+    def _refuse(primals: Any, tangents: Any) -> Any:
+        raise NotImplementedError(f"{name} has no second derivatives, no backend but XLA has: use implementation='xla'")
+
+    return once
 
 
 def _dispatch(
@@ -259,7 +285,8 @@ def _dispatch(
 def _product_fwd(
     call: Call, route: Route, matrix: Prepared, x: jax.Array, bias: jax.Array | None, addend: jax.Array | None
 ) -> tuple[jax.Array, Any]:
-    y = _forward(dataclasses.replace(call, activation=None), route, matrix, x, bias, addend)
+    plain = functools.partial(_forward, dataclasses.replace(call, activation=None), route)
+    y = _once(plain, route)(matrix, x, bias, addend)
     # With an activation its argument is the residual; without one nothing of the output is kept.
     pre, has_addend = None if call.activation is None else y, None if addend is None else ()
     return activate(call.activation, y), (matrix, x, bias, has_addend, pre)
@@ -277,8 +304,11 @@ def _product_bwd(call: Call, route: Route, residuals: Any, dy: jax.Array) -> tup
     def grad_input(backend: Backend, matrix: Prepared, dy: jax.Array) -> jax.Array:
         return backend.grad_input(call, matrix, dy)
 
-    dvalues = _dispatch("grad_values", call, route, x, grad_values, matrix.layout, x, dy).astype(x.dtype)
-    dx = _dispatch("grad_input", call, route, x, grad_input, matrix, dy).astype(x.dtype)
+    def derivatives(matrix: Prepared, x: jax.Array, dy: jax.Array) -> tuple[jax.Array, jax.Array]:
+        dvalues = _dispatch("grad_values", call, route, x, grad_values, matrix.layout, x, dy)
+        return dvalues.astype(x.dtype), _dispatch("grad_input", call, route, x, grad_input, matrix, dy).astype(x.dtype)
+
+    dvalues, dx = _once(derivatives, route)(matrix, x, dy)
     token_axis = 0 if call.layout == "token_major" else 1
     dbias = None
     if bias is not None:
@@ -288,3 +318,4 @@ def _product_bwd(call: Call, route: Route, residuals: Any, dy: jax.Array) -> tup
 
 _product.defvjp(_product_fwd, _product_bwd)
 _jitted = jax.jit(_product, static_argnums=(0, 1))
+_jitted_xla = jax.jit(standard_promotion()(differentiable.forward), static_argnums=0)

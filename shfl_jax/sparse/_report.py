@@ -169,6 +169,9 @@ def _compressed(path: str, layer: CompressedLayer, matrix: Matrix) -> LayerRepor
     rows = (np.asarray(integers.rows) < m).reshape(*counts.shape, integers.group_size).sum(-1)
     dense = counts.shape[0] * m * k
     equal, packed = (counts == counts[:, :1]).all(), integers.pairs is not None
+    stored = float((counts * rows).sum()) / (2 if packed else 1)
+    if integers.chosen is not None:  # some values are padding, and zero
+        stored = np.count_nonzero(np.asarray(matrix.values))
     return LayerReport(
         path,
         layer.spec.pattern.name,
@@ -176,7 +179,7 @@ def _compressed(path: str, layer: CompressedLayer, matrix: Matrix) -> LayerRepor
         m,
         k,
         integers.group_size,
-        1 - float((counts * rows).sum()) / dense / (2 if packed else 1),
+        1 - stored / dense,
         "equal" if equal else "ragged",
         matrix.nbytes,
         dense * matrix.dtype.itemsize,

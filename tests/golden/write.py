@@ -1,11 +1,13 @@
 """Writes the golden files of the present checkpoint format: `python tests/golden/write.py DIRECTORY`.
 
-Files are written once, when a format is new, into a directory of the format's version, and never again: what earlier
+Files are written once, when a format is new, into a directory of the format's version (of later versions only what is
+new in them), and never again: what earlier
 versions of the library wrote is what later ones must read. All numbers are small multiples of 1/8, so that every
 product, sum and update of them is exact and has the same bits on every machine.
 """
 
 import argparse
+import dataclasses
 import pathlib
 from typing import Any
 
@@ -45,6 +47,7 @@ def models() -> dict[str, dict[str, Any]]:
             LayerSpec("packed/kernel", (24, 40), (), (0,), (1,), ShflTVW(0.75, group_size=8)),
             LayerSpec("tiles/kernel", (24, 32), (), (0,), (1,), TVW(0.75, tile_size=8)),
         ],
+        "unchosen": [LayerSpec("packed/kernel", (24, 40), (), (0,), (1,), ShflTVW(0.75, group_size=8))],
         "stacked": [LayerSpec("layers/kernel", (3, 16, 24), (0,), (1,), (2,), VW(0.5, group_size=8))],
         "convolution": [LayerSpec("conv/kernel", (3, 3, 8, 16), (), (0, 1, 2), (3,), VW(0.75, group_size=8), True)],
     }
@@ -55,6 +58,11 @@ def models() -> dict[str, dict[str, Any]]:
             dtype = "bfloat16" if name == "stacked" else "float32"
             params[spec.path.split("/")[0]] = {"kernel": eighths(i, spec.shape, dtype), "bias": eighths(i + 10, (8,))}
         masks = Masks({spec.path: mask(i + 20, spec) for i, spec in enumerate(specs)}, tuple(specs))
+        if name == "unchosen":  # rows that keep one of a four, or none
+            chosen = masks["packed/kernel"]
+            assert chosen.choice is not None
+            choice = chosen.choice & (eighths(40, chosen.choice.shape) > 0)
+            masks = Masks({"packed/kernel": dataclasses.replace(chosen, choice=choice)}, masks.specs)
         compressed[name] = {**shfl_jax.compress(params, masks), "batch_stats": {"mean": eighths(30, (4,))}}
     return compressed
 
@@ -90,10 +98,16 @@ def main() -> None:
     """Writes the checkpoints, the state and what is expected of both."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("directory", type=pathlib.Path)
-    directory = parser.parse_args().directory.absolute()
+    parser.add_argument("--only", nargs="+", help="checkpoints to write, and no optimizer state")
+    options = parser.parse_args()
+    directory = options.directory.absolute()
     for name, sparse in models().items():
+        if name not in (options.only or models()):
+            continue
         shfl_jax.save(directory / name, sparse)
         np.savez_compressed(directory / f"{name}.npz", **flat(shfl_jax.decompress(sparse)))
+    if options.only:
+        return
     tx, params = training_run()
     params, state = steps(tx, params, tx.init(params), 0, SAVED_AT)
     with ocp.StandardCheckpointer() as checkpointer:

@@ -221,3 +221,87 @@ def test_the_borders_of_dispatch(m, k, v, n, sparsity, equal, dtype):
 def test_the_layout_of_a_problem_is_known():
     problem = Problem.of_layout("forward", as_prepared(FORMS["plain"]()).layout, 3, "float32")
     assert (problem.m, problem.k, problem.n, problem.equal, problem.multiple) == (32, 48, 3, False, 1)
+
+
+def twice_differentiable():
+    """Functions of (values, x, bias) and the float64 ones that they stand for, of products and convolutions."""
+    matrix, packed = FORMS["plain"](), FORMS["packed"]()
+    filters = tune.random_matrix(32, 36, 0.5, 16, equal=False, dtype="float32")
+
+    def product(matrix, **options):
+        def run(values, x, bias):
+            y = pk.matmul(pk.join(values, matrix.integers), x, bias=bias, activation="gelu", implementation="xla",
+                          **options)  # fmt: skip
+            return jnp.sin(y)
+
+        def dense(values, x, bias):
+            y = x @ pk.to_dense(pk.join(values, matrix.integers)).T if not options else (
+                pk.to_dense(pk.join(values, matrix.integers)) @ x
+            )  # fmt: skip
+            return jnp.sin(jax.nn.gelu(y + (bias[None] if not options else bias[:, None])))
+
+        return run, dense
+
+    def convolution(values, x, bias):
+        y = pk.conv2d(pk.join(values, filters.integers), x, kernel_size=(3, 3), bias=bias, layout="NHWC",
+                      implementation="xla")  # fmt: skip
+        return jnp.sin(y)
+
+    def dense_convolution(values, x, bias):
+        kernel = pk.to_dense(pk.join(values, filters.integers)).T.reshape(3, 3, 4, 32)
+        y = jax.lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+        return jnp.sin(y + bias.reshape(1, 1, 1, -1))
+
+    prepared = pk.prepare(matrix, "xla")
+    return {
+        "plain": (*product(matrix), (matrix.values, (3, 48), (32,))),
+        "prepared": (*product(prepared), (prepared.values, (3, 48), (32,))),
+        "feature-major": (*product(matrix, layout="feature_major"), (matrix.values, (48, 3), (32,))),
+        "packed": (*product(packed), (packed.values, (3, 64), (40,))),
+        "convolution": (convolution, dense_convolution, (filters.values, (2, 5, 4, 4), (32,))),
+    }
+
+
+@pytest.mark.parametrize("kind", ["plain", "prepared", "feature-major", "packed", "convolution"])
+def test_forward_mode_and_second_derivatives_of_xla(kind):
+    run, dense, (values, x, bias) = twice_differentiable()[kind]
+    keys = jax.random.split(jax.random.key(0), 5)
+    args = values, jax.random.normal(keys[0], x, "float32"), jax.random.normal(keys[1], bias, "float32")
+    tangents = tuple(
+        jax.random.normal(key, a.shape, "float32") * (a != 0) for key, a in zip(keys[2:], args, strict=True)
+    )
+
+    def pushed(function):
+        return jax.jvp(function, args, tangents)
+
+    def gradient(function):
+        return jax.grad(lambda *args: function(*args).sum(), (0, 1, 2))
+
+    with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
+        for of in (
+            pushed,
+            lambda function: jax.jvp(gradient(function), args, tangents),  # forward over reverse
+            lambda function: jax.grad(lambda *args: jax.jvp(function, args, tangents)[1].sum(), (0, 1, 2))(*args),
+            lambda function: jax.vjp(gradient(function), *args)[1](tangents),
+            lambda function: jax.vmap(lambda a, b: gradient(function)(a, b, args[2]))(
+                jnp.stack([args[0], args[0]]), jnp.stack([args[1], 2 * args[1]])
+            ),
+            lambda function: jax.grad(
+                lambda a: jax.vmap(lambda b: function(a, b, args[2]))(jnp.stack([args[1]] * 2)).sum()
+            )(args[0]),
+        ):
+            found, wanted = jax.jit(lambda of=of: (of(run), of(dense)))()
+            for got, want in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
+                scale = float(jnp.abs(want).max())
+                live = args[0] != 0 if got.shape[-2:] == args[0].shape else True
+                np.testing.assert_allclose(got * live, want * live, rtol=1e-4, atol=1e-4 * scale)
+
+
+@pytest.mark.parametrize("implementation", ["triton", None])
+def test_without_forward_mode_the_error_says_what_has_it(implementation):
+    matrix, x = FORMS["plain"](), f32(np.ones((3, 48)))
+    run = functools.partial(pk.matmul, matrix, implementation=implementation)
+    with pytest.raises(TypeError, match=rf"implementation={implementation!r} has no forward mode.*'xla'"):
+        jax.jvp(run, (x,), (x,))
+    with pytest.raises(NotImplementedError, match=rf"implementation={implementation!r} has no second deriv.*'xla'"):
+        jax.grad(lambda x: jax.grad(lambda x: jnp.square(run(x)).sum())(x).sum())(x)

@@ -11,7 +11,8 @@ import pytest
 import shfl_jax
 
 GOLDEN = pathlib.Path(__file__).parents[2] / "golden"
-VERSIONS = sorted(path.name for path in GOLDEN.glob("v*"))
+CHECKPOINTS = sorted(path.parent.relative_to(GOLDEN).parts for path in GOLDEN.glob("v*/*/header.json"))
+STATES = sorted(path.parent.name for path in GOLDEN.glob("v*/optax"))
 _spec = importlib.util.spec_from_file_location("golden_write", GOLDEN / "write.py")
 write = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(write)
@@ -25,8 +26,7 @@ def assert_same_bits(found, file):
             assert found[path].tobytes() == array.tobytes()
 
 
-@pytest.mark.parametrize("version", VERSIONS)
-@pytest.mark.parametrize("name", ["row_grouped", "two_four", "stacked", "convolution"])
+@pytest.mark.parametrize(("version", "name"), CHECKPOINTS)
 def test_a_golden_checkpoint_loads_bit_for_bit(version, name, tmp_path):
     sparse = shfl_jax.load(GOLDEN / version / name)
     assert_same_bits(write.flat(shfl_jax.decompress(sparse)), GOLDEN / version / f"{name}.npz")
@@ -38,7 +38,7 @@ def test_a_golden_checkpoint_loads_bit_for_bit(version, name, tmp_path):
         assert np.asarray(old).tobytes() == np.asarray(new).tobytes()
 
 
-@pytest.mark.parametrize("version", VERSIONS)
+@pytest.mark.parametrize("version", STATES)
 def test_training_resumes_from_a_golden_optimizer_state_bit_for_bit(version):
     tx, params = write.training_run()
     target = {"params": params, "opt_state": jax.eval_shape(tx.init, params)}
@@ -49,3 +49,12 @@ def test_training_resumes_from_a_golden_optimizer_state_bit_for_bit(version):
     resumed = write.steps(tx, saved["params"], saved["opt_state"], write.SAVED_AT, write.RESUMED_TO)
     found = write.flat(dict(zip(("params", "opt_state"), resumed, strict=True)))
     assert_same_bits(found, GOLDEN / version / "optax.npz")
+
+
+def test_every_form_has_golden_files():
+    assert {name for version, name in CHECKPOINTS if version == "v1"} == {
+        "row_grouped", "two_four", "stacked", "convolution"
+    }  # fmt: skip
+    assert ("v2", "unchosen") in CHECKPOINTS
+    assert shfl_jax.load(GOLDEN / "v2" / "unchosen")["topology"]["packed"]["kernel"].topology.chosen is not None
+    assert STATES == ["v1"]
