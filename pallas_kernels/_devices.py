@@ -46,6 +46,7 @@ def gpu() -> GPU | None:
     return GPU(device.device_kind, device.core_count)
 
 
+@functools.cache
 def missing_module(name: str) -> str:
     """Why a module of this version of JAX cannot be imported; "" where it can."""
     try:

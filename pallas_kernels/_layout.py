@@ -4,11 +4,9 @@ A backend arranges a matrix once, on the host (`prepare`); where that was not do
 arrangement as it is. Functions here see no difference.
 """
 
-import contextlib
 import dataclasses
 import functools
 import math
-from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +14,7 @@ from jaxtyping import Array, Float
 
 from pallas_kernels._matrix import RowGrouped, Topology
 from pallas_kernels._pairs import unpack, unpack_bits, wide_pairs
+from pallas_kernels._promotion import standard_promotion
 
 Segments = tuple[tuple[int, int], ...]
 """((groups, slots), ...): how long the segments of neighbouring groups are, in the order of the groups."""
@@ -27,7 +26,7 @@ META = ["m", "k", "group_size", "max_count", "segments", "sentinels"]
 @functools.partial(jax.tree_util.register_dataclass, data_fields=DATA, meta_fields=META)
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MatrixLayout:
-    """Which weight stands where. As `Topology`, with leading axes for stacked layers, but for:
+    """Which weight stands where: what `Topology` says, as kernels read it. Stacked layers have leading axes.
 
     Attributes:
         columns: (P,) int32; on padding they repeat a column the group keeps or are the sentinel K.
@@ -44,7 +43,7 @@ class MatrixLayout:
         max_count: the longest segment, in slots.
         segments: the lengths of all segments, or None where they are not known when tracing.
         sentinels: whether a column may be the sentinel K; False saves a product the comparison.
-    """  # noqa: D415
+    """
 
     columns: jax.Array
     group_ptr: jax.Array
@@ -141,13 +140,6 @@ Matrix = RowGrouped | Prepared
 def join(values: Float[Array, "*batch stored V"], integers: Topology | MatrixLayout) -> Matrix:
     """The matrix of some values and the `integers` of another one like it."""
     return RowGrouped(values, integers) if isinstance(integers, Topology) else Prepared(values, integers)
-
-
-@contextlib.contextmanager
-def standard_promotion() -> Iterator[None]:
-    """Promotion of dtypes and ranks as this package is written for, whatever the user's settings are."""
-    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-        yield
 
 
 def as_prepared(matrix: Matrix) -> Prepared:

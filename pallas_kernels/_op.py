@@ -17,8 +17,9 @@ from jaxtyping import Array, Float
 from pallas_kernels import _devices as devices
 from pallas_kernels._activations import ACTIVATIONS, activate, activation_gradient
 from pallas_kernels._backend import BACKENDS, Backend, Call, Layout, Op, Problem, check, choose, register
-from pallas_kernels._layout import Matrix, MatrixLayout, Prepared, as_prepared, standard_promotion
+from pallas_kernels._layout import Matrix, MatrixLayout, Prepared, as_prepared
 from pallas_kernels._matrix import RowGrouped
+from pallas_kernels._promotion import standard_promotion
 from pallas_kernels._window import Window
 from pallas_kernels.mosaic._backend import Mosaic
 from pallas_kernels.triton._backend import Triton
@@ -48,6 +49,10 @@ class Route:
     def on(self, platform: str) -> tuple[Backend, ...]:
         """The backends considered on a platform; the last one does everything."""
         return *(backend for backend in self.backends if platform in backend.platforms), FALLBACK
+
+    def __str__(self) -> str:
+        """What the caller asked for."""
+        return f"implementation={None if self.named is None else self.named.name!r}"
 
 
 def matmul(
@@ -134,10 +139,9 @@ def prepare(matrix: RowGrouped, implementation: str | None = None, window: Windo
             )
         return route.named.prepare(matrix, window)
     platform = jax.default_backend()  # JAX calls CUDA "gpu" here, and "cuda" where it lowers
-    for backend in route.on("cuda" if platform == "gpu" else platform):
-        if not backend.missing(devices.gpu()) and not _why_not_for(backend, matrix, window):
-            return backend.prepare(matrix, window)
-    return FALLBACK.prepare(matrix, window)
+    backends, gpu = route.on("cuda" if platform == "gpu" else platform), devices.gpu()
+    able = (backend for backend in backends if not backend.missing(gpu) and not _why_not_for(backend, matrix, window))
+    return next(able).prepare(matrix, window)
 
 
 def _why_not_for(backend: Backend, matrix: RowGrouped, window: Window | None) -> list[str]:
@@ -223,8 +227,7 @@ def run(
     except TypeError as error:
         if "forward-mode" not in str(error):
             raise
-        name = "implementation=None" if route.named is None else f"implementation={route.named.name!r}"
-        raise TypeError(f"{name} has no forward mode, no backend but XLA has: use implementation='xla'") from error
+        raise TypeError(f"{route} has no forward mode, only XLA has: use implementation='xla'") from error
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -244,7 +247,6 @@ def _forward(call: Call, route: Route, matrix: Prepared, *arrays: Any) -> jax.Ar
 
 def _once(compute: Callable[..., Any], route: Route) -> Callable[..., Any]:
     """The same function, whose derivative is an error that says which implementation has one."""
-    name = "implementation=None" if route.named is None else f"implementation={route.named.name!r}"
 
     @jax.custom_jvp
     def once(*operands: Any) -> Any:
@@ -252,7 +254,7 @@ def _once(compute: Callable[..., Any], route: Route) -> Callable[..., Any]:
 
     @once.defjvp
     def _refuse(primals: Any, tangents: Any) -> Any:
-        raise NotImplementedError(f"{name} has no second derivatives, no backend but XLA has: use implementation='xla'")
+        raise NotImplementedError(f"{route} has no second derivatives, only XLA has: use implementation='xla'")
 
     return once
 

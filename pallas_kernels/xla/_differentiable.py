@@ -22,7 +22,8 @@ from jax.interpreters import ad, batching, mlir
 
 from pallas_kernels._activations import activate
 from pallas_kernels._backend import Call
-from pallas_kernels._layout import MatrixLayout, Prepared, standard_promotion
+from pallas_kernels._layout import MatrixLayout, Prepared
+from pallas_kernels._promotion import standard_promotion
 from pallas_kernels.xla._backend import XLA
 
 Kind = Literal["product", "dvalues", "dx"]

@@ -22,15 +22,6 @@ pytestmark = pytest.mark.filterwarnings("ignore:The Pallas Triton backend is dep
 OPS = ("forward", "grad_values", "grad_input")
 
 
-@pytest.fixture
-def registry():
-    """Puts the registry back as it was."""
-    before = dict(BACKENDS)
-    yield
-    BACKENDS.clear()
-    BACKENDS.update(before)
-
-
 @dataclasses.dataclass(frozen=True)
 class Dense(pk.Backend):
     """Decompresses; it has a forward product only, of up to `most` tokens, and counts on others for the rest."""

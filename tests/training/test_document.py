@@ -6,8 +6,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pallas_kernels._backend import BACKENDS
-
 DOCS = Path(__file__).parents[2] / "docs"
 
 
@@ -20,14 +18,6 @@ def run(document):
     for number, block in enumerate(blocks):
         exec(compile(block, f"{document}, block {number}", "exec"), names)
     return names
-
-
-@pytest.fixture
-def registry():
-    before = dict(BACKENDS)
-    yield
-    BACKENDS.clear()
-    BACKENDS.update(before)
 
 
 def test_the_examples_of_training_run():

@@ -12,7 +12,6 @@ from flax import linen as nn
 
 import pallas_kernels
 import shfl_jax
-from pallas_kernels._backend import BACKENDS
 from shfl_jax import pruning
 from shfl_jax.patterns import group_scores, padded_rows, rank_keys, register, registered, top
 
@@ -61,12 +60,9 @@ class Ours(pallas_kernels.Backend):
 
 
 @pytest.fixture
-def backend():
-    before = dict(BACKENDS)
+def backend(registry):
     pallas_kernels.register(Ours())
-    yield "ours"
-    BACKENDS.clear()
-    BACKENDS.update(before)
+    return "ours"
 
 
 @dataclasses.dataclass(frozen=True)
