@@ -268,7 +268,7 @@ def test_forward_mode_and_second_derivatives_of_xla(kind):
     keys = jax.random.split(jax.random.key(0), 5)
     args = values, jax.random.normal(keys[0], x, "float32"), jax.random.normal(keys[1], bias, "float32")
     tangents = tuple(
-        jax.random.normal(key, a.shape, "float32") * (a != 0) for key, a in zip(keys[2:], args, strict=True)
+        jnp.where(a == 0, 0, jax.random.normal(key, a.shape, "float32")) for key, a in zip(keys[2:], args, strict=True)
     )
 
     def pushed(function):
