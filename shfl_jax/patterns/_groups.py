@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from shfl_jax.patterns._mask import Mask
-from shfl_jax.patterns._ranking import ALWAYS, rank_keys, scaled, top
+from shfl_jax.patterns._ranking import ALWAYS, normalised, rank_keys, scaled, top
 from shfl_jax.patterns.search._fours import group_members
 
 
@@ -70,7 +70,8 @@ class Vectors:
 
     def mask_of_rows(self, scores: jax.Array, rows: jax.Array, count: jax.Array | int) -> Mask:
         """See `Pattern.mask_of_rows`."""
-        return Mask(rows, self.choose(group_scores(scores, rows, self.group_size), count), scores.shape[0])
+        sums = group_scores(normalised(scores), rows, self.group_size)
+        return Mask(rows, self.choose(sums, count), scores.shape[0])
 
 
 def padded_rows(m: int, group_size: int) -> jax.Array:

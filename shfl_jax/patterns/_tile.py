@@ -41,15 +41,18 @@ class Tiles:
 
     def mask(self, scores: jax.Array, count: Any) -> Mask:
         """Both stages within one layer: scores (M, K); `count` is of weights, or a `TileCount`."""
-        m, k = scores.shape
+        return self.mask_of_squares(ranking.normalised(scores) ** 2, count)
+
+    def mask_of_squares(self, squares: jax.Array, count: Any) -> Mask:
+        """As `mask`, from the squares of the scores."""
+        m, k = squares.shape
         outputs, count = count if isinstance(count, TileCount) else (self._outputs((m, k), count), count)
-        squares = scores.astype(jnp.float32) ** 2
         rows, keys, costs = self._inputs(squares, outputs)
         return Mask(rows, nearest(keys, jnp.asarray(count, jnp.int32), costs, keys == ranking.ALWAYS), m)
 
     def rank(self, scores: Sequence[jax.Array], limits: Sequence[ranking.Limits]) -> list[TileCount]:
         """See `Pattern.rank`. Both stages keep the same share of the weights."""
-        squares = [s.astype(jnp.float32) ** 2 for s in scores]
+        squares = [s**2 for s in ranking.normalised(list(scores))]
         widths = [s.shape[2] for s in scores]
         shapes = [s.shape[1:] for s in scores]
         outputs = [jnp.full(s.shape[0], s.shape[1], jnp.int32) for s in scores]

@@ -74,10 +74,11 @@ class TVW(base.Pattern):
         """See `Pattern.mask`; `count` is the number of weights to keep, met to half a four of inputs."""
         base.check_shape(self, scores.shape)
         (m, k), v = scores.shape, self.tile_size
+        scores = ranking.normalised(scores)
         budget = _doubled(count, m * k)
-        # There are no tiles yet, so every row is a group of its own. TW sums squares, hence the square roots.
+        # There are no tiles yet, so every row is a group of its own. The values stand for TW's squares.
         values = fours.spared_values(scores, padded_rows(m, 1), jnp.ones((m, k), bool), 1)
-        tiles = Tiles(v, self.outputs).mask(jnp.sqrt(values), budget)
+        tiles = Tiles(v, self.outputs).mask_of_squares(values, budget)
         sizes = jnp.sum((tiles.rows < m).reshape(-1, v), axis=1, dtype=jnp.int32)
         sizes = jnp.where(tiles.kept.any(1), sizes, 0)[:, None]
         length = jnp.maximum(sizes, 1).astype(jnp.float32) / v
@@ -143,6 +144,7 @@ class ShflTVW(base.Pattern):
         """See `Pattern.mask`; `count` is the number of weights to keep, met to half a four of vectors."""
         base.check_shape(self, scores.shape)
         m, k = scores.shape
+        scores = ranking.normalised(scores)
         values = fours.spared_values(scores, padded_rows(m, 1), jnp.ones((m, k), bool), 1)
         # K-means' binary mask gets the density of the vectors; at twice that it would keep everything from 50% on.
         share = _share(jnp.asarray(count, jnp.int32), m * k)
@@ -156,6 +158,7 @@ class ShflTVW(base.Pattern):
     def mask_of_rows(self, scores: jax.Array, rows: jax.Array, count: jax.Array | int) -> Mask:
         """See `Pattern.mask_of_rows`."""
         m, k = scores.shape
+        scores = ranking.normalised(scores)
         groups = rows.shape[0] // self.group_size
         share = _share(_doubled(count, m * k), m * k)
         sizes = jnp.sum((rows < m).reshape(groups, -1), axis=1, dtype=jnp.float32)[:, None]
