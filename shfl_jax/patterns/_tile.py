@@ -101,8 +101,10 @@ class Tiles:
         return rows, jnp.where(sizes > 0, keys, -1), jnp.broadcast_to(sizes, norms.shape)
 
 
-def nearest(keys: jax.Array, budget: jax.Array, costs: jax.Array, always: jax.Array) -> jax.Array:
-    """The ranked prefix whose cost is nearest to the budget, the shorter of two; with all of `always`.
+def nearest(
+    keys: jax.Array, budget: jax.Array | int, costs: jax.Array, always: jax.Array, *, longer_of_two: bool = False
+) -> jax.Array:
+    """The ranked prefix whose cost is nearest to the budget, the shorter of two unless asked; with all of `always`.
 
     Keys below zero belong to no unit; their cost is zero.
     """
@@ -111,7 +113,7 @@ def nearest(keys: jax.Array, budget: jax.Array, costs: jax.Array, always: jax.Ar
     rest = budget - jnp.sum(jnp.where(within, costs, 0))
     following = jnp.argmax(jnp.where(within, -1, keys))
     cost = costs.reshape(-1)[following]
-    longer = (cost - rest < rest) & (keys.reshape(-1)[following] >= 0) & ~within.reshape(-1)[following]
+    longer = (cost - rest < rest + longer_of_two) & (keys.reshape(-1)[following] >= 0) & ~within.reshape(-1)[following]
     return within | (longer & (jnp.arange(keys.size).reshape(keys.shape) == following))
 
 
