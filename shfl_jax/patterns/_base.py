@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from shfl_jax.patterns._groups import Vectors
 from shfl_jax.patterns._mask import Mask
-from shfl_jax.patterns._ranking import ALWAYS, Limits, rank_keys, rank_together, scaled
+from shfl_jax.patterns._ranking import ALWAYS, Limits, normalised, rank_keys, rank_together, scaled
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,7 +110,7 @@ class Pattern(abc.ABC):
             For each layer, the counts of its slices (B,) as `mask` takes them. Their sum is that of the layers' own
             counts, less at most one unit (`step` units), unless the limits prevent it.
         """
-        keys = [jax.vmap(self.unit_keys)(s) for s in scores]
+        keys = [jax.vmap(self.unit_keys)(s) for s in normalised(list(scores))]
         return rank_together(keys, [self.step(s.shape[1:]) for s in scores], limits)
 
     def count(

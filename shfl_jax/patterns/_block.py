@@ -55,6 +55,6 @@ class BW(base.Pattern):
         """See `Pattern.mask`; a unit is one block, blocks are numbered along K first."""
         base.check_shape(self, scores.shape)
         m, k = scores.shape
-        kept = ranking.top(self.unit_keys(scores), count).reshape(-(-m // self.block_size), -1)
+        kept = ranking.top(self.unit_keys(ranking.normalised(scores)), count).reshape(-(-m // self.block_size), -1)
         rows = padded_rows(m, self.block_size)
         return Mask(rows, jnp.repeat(kept, self.block_size, axis=1)[:, :k], m)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from shfl_jax.patterns._mask import Mask
-from shfl_jax.patterns._ranking import ALWAYS, rank_keys, scaled, top
+from shfl_jax.patterns._ranking import ALWAYS, normalised, rank_keys, scaled, top
 from shfl_jax.patterns.search._fours import group_members
 
 
@@ -59,18 +59,27 @@ class Vectors:
 
     def choose(self, sums: jax.Array, count: jax.Array | int) -> jax.Array:
         """The kept columns for the sums of every row group: (R, K) float32 to (R, K) bool."""
-        keys, groups = rank_keys(sums), sums.shape[0]
-        top_of_groups = jax.vmap(top, in_axes=(0, None))
         if self.balanced:
-            return top_of_groups(keys, (jnp.asarray(count, jnp.int32) + groups // 2) // groups)
-        if self.min_share:
-            floor = scaled(jnp.asarray(count, jnp.int32) // groups, self.min_share)
-            keys = jnp.where(top_of_groups(keys, floor), ALWAYS, keys)
-        return top(keys, count)
+            groups = sums.shape[0]
+            return _top_of_groups(rank_keys(sums), (jnp.asarray(count, jnp.int32) + groups // 2) // groups)
+        return top(self.keys_of_sums(sums, count), count)
+
+    def keys_of_sums(self, sums: jax.Array, count: jax.Array | int) -> jax.Array:
+        """Rank keys for the sums of every row group (R, K), `ALWAYS` for the floors of groups where `count` are kept."""
+        keys, groups = rank_keys(sums), sums.shape[0]
+        if not self.min_share:
+            return keys
+        floor = scaled(jnp.asarray(count, jnp.int32) // groups, self.min_share)
+        return jnp.where(_top_of_groups(keys, floor), ALWAYS, keys)
 
     def mask_of_rows(self, scores: jax.Array, rows: jax.Array, count: jax.Array | int) -> Mask:
         """See `Pattern.mask_of_rows`."""
-        return Mask(rows, self.choose(group_scores(scores, rows, self.group_size), count), scores.shape[0])
+        sums = group_scores(normalised(scores), rows, self.group_size)
+        return Mask(rows, self.choose(sums, count), scores.shape[0])
+
+
+def _top_of_groups(keys: jax.Array, count: jax.Array | int) -> jax.Array:
+    return jax.vmap(top, in_axes=(0, None))(keys, count)
 
 
 def padded_rows(m: int, group_size: int) -> jax.Array:

@@ -1,7 +1,7 @@
 """The ranked choice of units: integer keys, exact counts, and layers that are ranked together."""
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +9,12 @@ import numpy as np
 
 ALWAYS = np.iinfo(np.int32).max
 """The rank key of a unit that is kept before all others."""
+
+LARGEST = 24
+"""The exponent that `normalised` gives the largest score. Sums of 2^31 squares stay finite, also scaled up from a small
+group to a whole one, and scores down to 2^-87 of the largest still have squares."""
+
+Scores = TypeVar("Scores", jax.Array, list[jax.Array])
 
 
 class Limits(NamedTuple):
@@ -52,6 +58,30 @@ def scaled(number: int | jax.Array, factor: float | jax.Array) -> int | jax.Arra
 def rank_keys(scores: jax.Array) -> jax.Array:
     """Integers that rank as the scores do: float32 of any shape, non-negative, to int32. NaN ranks above infinity."""
     return jax.lax.bitcast_convert_type(jnp.abs(scores.astype(jnp.float32)), jnp.int32)
+
+
+def normalised(scores: Scores) -> Scores:
+    """Scores times the power of two that brings the largest of them all to [2^24, 2^25).
+
+    What is added up or squared next neither overflows nor vanishes, whatever unit the scores are in. The factor is
+    exact, so sums of ordinary scores keep all their bits, up to the factor, and rank as before.
+
+    Args:
+        scores: floating, non-negative; an array, or those of layers that are ranked together.
+
+    Returns:
+        The same in float32. Zeros stay zero.
+    """
+    largest = jnp.stack([rank_keys(s).max() for s in jax.tree.leaves(scores)]).max()
+    # A key is the bits of a float32 number, with its exponent above the 23 bits of the fraction.
+    bias, highest = 127, 254
+    exponent = jnp.clip(2 * bias + LARGEST - (largest >> 23), 1, highest)
+    factor = jax.lax.bitcast_convert_type(exponent << 23, jnp.float32)
+
+    def scale(array: jax.Array) -> jax.Array:
+        return array.astype(jnp.float32) * factor
+
+    return jax.tree.map(scale, scores)
 
 
 @jax.jit

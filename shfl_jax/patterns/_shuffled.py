@@ -146,6 +146,7 @@ class ShflBW(VW):
     def mask(self, scores: jax.Array, count: jax.Array | int, previous: Mask | None = None) -> Mask:
         """See `Pattern.mask`; a unit is one vector. The search also starts from the permutation of `previous`."""
         base.check_shape(self, scores.shape)
+        scores = ranking.normalised(scores)
         density = 2 * (jnp.asarray(count, jnp.int32) / self.units(scores.shape)).astype(jnp.float32)
         search = RowSearch(self.vectors, self.search, self.seed)
         return self.mask_of_rows(scores, search.rows(scores, count, density, previous), count)

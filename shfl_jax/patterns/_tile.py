@@ -41,15 +41,18 @@ class Tiles:
 
     def mask(self, scores: jax.Array, count: Any) -> Mask:
         """Both stages within one layer: scores (M, K); `count` is of weights, or a `TileCount`."""
-        m, k = scores.shape
+        return self.mask_of_squares(ranking.normalised(scores) ** 2, count)
+
+    def mask_of_squares(self, squares: jax.Array, count: Any) -> Mask:
+        """As `mask`, from the squares of the scores."""
+        m, k = squares.shape
         outputs, count = count if isinstance(count, TileCount) else (self._outputs((m, k), count), count)
-        squares = scores.astype(jnp.float32) ** 2
         rows, keys, costs = self._inputs(squares, outputs)
         return Mask(rows, nearest(keys, jnp.asarray(count, jnp.int32), costs, keys == ranking.ALWAYS), m)
 
     def rank(self, scores: Sequence[jax.Array], limits: Sequence[ranking.Limits]) -> list[TileCount]:
         """See `Pattern.rank`. Both stages keep the same share of the weights."""
-        squares = [s.astype(jnp.float32) ** 2 for s in scores]
+        squares = [s**2 for s in ranking.normalised(list(scores))]
         widths = [s.shape[2] for s in scores]
         shapes = [s.shape[1:] for s in scores]
         outputs = [jnp.full(s.shape[0], s.shape[1], jnp.int32) for s in scores]
@@ -98,8 +101,10 @@ class Tiles:
         return rows, jnp.where(sizes > 0, keys, -1), jnp.broadcast_to(sizes, norms.shape)
 
 
-def nearest(keys: jax.Array, budget: jax.Array, costs: jax.Array, always: jax.Array) -> jax.Array:
-    """The ranked prefix whose cost is nearest to the budget, the shorter of two; with all of `always`.
+def nearest(
+    keys: jax.Array, budget: jax.Array | int, costs: jax.Array, always: jax.Array, *, longer_of_two: bool = False
+) -> jax.Array:
+    """The ranked prefix whose cost is nearest to the budget, the shorter of two unless asked; with all of `always`.
 
     Keys below zero belong to no unit; their cost is zero.
     """
@@ -108,7 +113,7 @@ def nearest(keys: jax.Array, budget: jax.Array, costs: jax.Array, always: jax.Ar
     rest = budget - jnp.sum(jnp.where(within, costs, 0))
     following = jnp.argmax(jnp.where(within, -1, keys))
     cost = costs.reshape(-1)[following]
-    longer = (cost - rest < rest) & (keys.reshape(-1)[following] >= 0) & ~within.reshape(-1)[following]
+    longer = (cost - rest < rest + longer_of_two) & (keys.reshape(-1)[following] >= 0) & ~within.reshape(-1)[following]
     return within | (longer & (jnp.arange(keys.size).reshape(keys.shape) == following))
 
 

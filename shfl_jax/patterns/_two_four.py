@@ -34,8 +34,9 @@ class TVW(base.Pattern):
     multiple of four inputs (or all K), and the inputs of a tile are put into fours of which every row can spare two
     (`order_columns`, in `shfl_jax.patterns.search` like the other).
 
-    A count of more than half the weights (partway through a schedule) keeps all tiles whole: two of every four weights,
-    and the best of the others, ranked over the layer.
+    Where K is no multiple of four, a tile that keeps all its inputs has one four of fewer, of which a row keeps at most
+    two as well. A count of more than that of whole tiles (partway through a schedule) keeps them, two of every four
+    weights, and the best of the others, ranked over the layer.
 
     Attributes:
         sparsity: fraction of pruned weights, in [0.5, 1).
@@ -71,13 +72,16 @@ class TVW(base.Pattern):
         return min(2, shape[1])
 
     def mask(self, scores: jax.Array, count: jax.Array | int, previous: Mask | None = None) -> Mask:
-        """See `Pattern.mask`; `count` is the number of weights to keep, met to half a four of inputs."""
+        """See `Pattern.mask`; `count` is the number of weights to keep.
+
+        It is met to `tile_size` weights, half a four of one tile, unless one four of every tile is more already.
+        """
         base.check_shape(self, scores.shape)
         (m, k), v = scores.shape, self.tile_size
-        budget = _doubled(count, m * k)
-        # There are no tiles yet, so every row is a group of its own. TW sums squares, hence the square roots.
+        scores = ranking.normalised(scores)
+        # There are no tiles yet, so every row is a group of its own. The values stand for TW's squares.
         values = fours.spared_values(scores, padded_rows(m, 1), jnp.ones((m, k), bool), 1)
-        tiles = Tiles(v, self.outputs).mask(jnp.sqrt(values), budget)
+        tiles = Tiles(v, self.outputs).mask_of_squares(values, _doubled(count, m * k))
         sizes = jnp.sum((tiles.rows < m).reshape(-1, v), axis=1, dtype=jnp.int32)
         sizes = jnp.where(tiles.kept.any(1), sizes, 0)[:, None]
         length = jnp.maximum(sizes, 1).astype(jnp.float32) / v
@@ -86,7 +90,7 @@ class TVW(base.Pattern):
             best = jnp.arange(widths.shape[0]) == 0
             keys = jnp.where(best, ranking.ALWAYS, ranking.rank_keys(sums / length**2))
             keys = jnp.where(sizes > 0, keys, -1)
-            return nearest(keys, budget, sizes * widths, best & (sizes > 0))
+            return nearest(keys, count, sizes * jnp.minimum(widths, 2), best & (sizes > 0))
 
         return _mask(self, scores, tiles.rows, tiles.kept.any(1)[:, None], count, choose)
 
@@ -140,9 +144,14 @@ class ShflTVW(base.Pattern):
         return min(2, shape[1])
 
     def mask(self, scores: jax.Array, count: jax.Array | int, previous: Mask | None = None) -> Mask:
-        """See `Pattern.mask`; `count` is the number of weights to keep, met to half a four of vectors."""
+        """See `Pattern.mask`; `count` is the number of weights to keep.
+
+        It is met to `group_size` weights, half a four of one group (to M if `balanced`), unless one four or what
+        `min_share` asks for is more already.
+        """
         base.check_shape(self, scores.shape)
         m, k = scores.shape
+        scores = ranking.normalised(scores)
         values = fours.spared_values(scores, padded_rows(m, 1), jnp.ones((m, k), bool), 1)
         # K-means' binary mask gets the density of the vectors; at twice that it would keep everything from 50% on.
         share = _share(jnp.asarray(count, jnp.int32), m * k)
@@ -156,14 +165,24 @@ class ShflTVW(base.Pattern):
     def mask_of_rows(self, scores: jax.Array, rows: jax.Array, count: jax.Array | int) -> Mask:
         """See `Pattern.mask_of_rows`."""
         m, k = scores.shape
+        scores = ranking.normalised(scores)
         groups = rows.shape[0] // self.group_size
         share = _share(_doubled(count, m * k), m * k)
-        sizes = jnp.sum((rows < m).reshape(groups, -1), axis=1, dtype=jnp.float32)[:, None]
+        sizes = jnp.sum((rows < m).reshape(groups, -1), axis=1, dtype=jnp.int32)[:, None]
 
         def choose(sums: jax.Array, widths: jax.Array) -> jax.Array:
-            units = jnp.maximum(ranking.scaled(sums.size, share), 1)
-            # As in VW, the sums of a smaller group are scaled up to V rows.
-            return self._groups.choose(sums * (self.group_size / jnp.maximum(sizes, 1)), units)
+            costs = sizes * jnp.minimum(widths, 2)
+            if self.balanced:
+                # The first four of all groups is a unit, then the second.
+                keys, costs = jnp.arange(widths.shape[0], 0, -1, dtype=jnp.int32), costs.sum(0)
+            else:
+                # As in VW, the sums of a smaller group are scaled up to V rows.
+                sums *= self.group_size / jnp.maximum(sizes, 1)
+                keys = self._groups.keys_of_sums(sums, ranking.scaled(sums.size, share))
+            budget = jnp.maximum(count, costs.max())
+            return jnp.broadcast_to(
+                nearest(keys, budget, costs, keys == ranking.ALWAYS, longer_of_two=True), sums.shape
+            )
 
         return _mask(self, scores, rows, jnp.ones((groups, 1), bool), count, choose)
 
@@ -228,5 +247,6 @@ def _mask(
             jnp.where(chosen, ranking.ALWAYS, ranking.rank_keys(scores)), jnp.maximum(count, chosen.sum())
         )
 
-    elements = jax.lax.cond(jnp.asarray(count) > m * k // 2, with_others, lambda: chosen)
+    whole = m * (k // 4 * 2 + min(k % 4, 2))
+    elements = jax.lax.cond(jnp.asarray(count) > whole, with_others, lambda: chosen)
     return Mask(rows, kept, m, order, elements)

@@ -4,7 +4,7 @@ The order of a group's kept inputs is free, and every row of the group shares it
 which every row can spare two.
 
 An order is an (R, 4 * ceil(K / 4)) int32 array: the kept columns of a group, four after four, and the sentinel K in
-every slot that holds none.
+every slot that holds none. All its fours are full but for one, if the kept columns are no multiple of four.
 """
 
 import itertools
@@ -23,9 +23,10 @@ def order_columns(
 ) -> jax.Array:
     """Searches an order in which 2:4 keeps much. Pure, of fixed shapes and steps, jit-able and vmap-able.
 
-    Columns are dealt to the fours by their sums, so that no four gets all the large ones. Then fours are refined two by
-    two: of the 35 ways to split the eight columns of two fours the best is taken, which is never worse. Round t refines
-    the fours j and t - j (modulo their number), for all j at once; after F rounds any two of F fours have met.
+    Columns are dealt to the fours by their sums, so that no four gets all the large ones; a four of fewer columns, of
+    which less is pruned, gets the largest. Then fours are refined two by two: of the 35 ways to split the eight columns
+    of two fours the best is taken, which is never worse. Round t refines the fours j and t - j (modulo their number),
+    for all j at once; after F rounds any two of F fours have met.
 
     Args:
         scores: (M, K) floating, non-negative and finite.
@@ -43,11 +44,11 @@ def order_columns(
     sums = jnp.where(kept, members.sum(1), -1)
     ranked = jnp.argsort(-sums, axis=1, stable=True).astype(jnp.int32)
     count = kept.sum(1, dtype=jnp.int32)[:, None]
-    used = -(-count // 4)
+    full, rest = count // 4, count % 4
     slot = jnp.arange(4 * num_fours, dtype=jnp.int32)
-    rank = slot % 4 * used + slot // 4
-    live = (slot < 4 * used) & (rank < count)
-    order = jnp.where(live, jnp.take_along_axis(ranked, jnp.minimum(rank, k - 1), axis=1), k)
+    rank = jnp.where(slot < 4 * full, rest + slot % 4 * full + slot // 4, slot - 4 * full)
+    order = jnp.where(slot < count, jnp.take_along_axis(ranked, jnp.minimum(rank, k - 1), axis=1), k)
+    used = -(-count // 4)
 
     def refine(group: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
         return _refine(*group, rounds=rounds)
@@ -134,9 +135,13 @@ def _refine(members: jax.Array, order: jax.Array, used: jax.Array, *, rounds: in
         eight = jnp.concatenate([fours.at[j].get(mode="fill", fill_value=members.shape[1]) for j in (first, second)], 1)
         # (8, V, F / 2): the columns of a four are then four contiguous planes.
         planes = members.T.at[eight.T].get(mode="fill", fill_value=0).transpose(0, 2, 1)
+        real = (eight < members.shape[1]).T
 
         def value(split: jax.Array) -> jax.Array:
-            return _best_two(planes[split[:4]]).sum(0) + _best_two(planes[split[4:]]).sum(0)
+            one, other = split[:4], split[4:]
+            kept = _best_two(planes[one]).sum(0) + _best_two(planes[other]).sum(0)
+            # Two fours of fewer columns would keep more weights than they may.
+            return jnp.where(real[one].all(0) | real[other].all(0), kept, -1)
 
         best = splits[jnp.argmax(jax.lax.map(value, splits), axis=0)]
         eight = jnp.take_along_axis(eight, best, axis=1)

@@ -1,5 +1,6 @@
 """TVW and Shfl-TVW: what 2:4 inside groups keeps, and how much the order of the columns gives."""
 
+import functools
 import itertools
 from collections.abc import Iterator
 
@@ -7,9 +8,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import shfl_jax
 from shfl_jax import TVW, ShflTVW
+from shfl_jax.patterns import padded_rows
 from shfl_jax.patterns.search import _fours as fours
 
 PATTERNS = [TVW(0.75, 16), TVW(0.75, 16, outputs=False), ShflTVW(0.75, 16), ShflTVW(0.75, 16, balanced=True)]
@@ -30,6 +34,8 @@ def assert_two_of_four(mask):
         columns = slots[slots < k]
         np.testing.assert_array_equal(np.sort(columns), np.flatnonzero(kept))
         assert kept.sum() % 4 == 0 or kept.all()
+        widths = (slots < k).reshape(-1, 4).sum(1)
+        assert ((widths == 4).sum(), (widths > 0).sum()) == (len(columns) // 4, -(-len(columns) // 4))
         for four in slots.reshape(-1, 4):
             real = four[four < k]
             assert (elements[np.ix_(group[group < m], real)].sum(1) == min(2, len(real))).all()
@@ -50,6 +56,47 @@ def test_the_total_sparsity_is_that_of_the_tiles_and_then_half(kind, sparsity):
     assert float(mask.density()) == pytest.approx(1 - sparsity, abs=32 / 128**2)
     assert float(mask.density()) == pytest.approx(float(mask.elements().mean()))
     assert_two_of_four(mask)
+
+
+ANY_COUNT = [TVW(0.5, 4), TVW(0.5, 4, outputs=False), ShflTVW(0.5, 4), ShflTVW(0.5, 4, balanced=True)]
+
+
+@functools.partial(jax.jit, static_argnames="pattern")
+def mask_of(pattern, scores, count):
+    """The mask, with rows in order where the pattern would search them: their order is of no account here."""
+    if pattern.searches_rows:
+        return pattern.mask_of_rows(scores, padded_rows(scores.shape[0], 4), count)
+    return pattern.mask(scores, count)
+
+
+@pytest.mark.parametrize("shape", [(64, 5), (17, 9), (50, 30)])
+def test_a_half_is_a_half_where_inputs_are_no_multiple_of_four(shape):
+    half = shape[0] * shape[1] / 2
+    for pattern in ANY_COUNT[:3]:
+        mask = mask_of(pattern, scores(*shape), pattern.count(shape))
+        assert_two_of_four(mask)
+        assert abs(int(mask.elements().sum()) - half) <= 4
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.sampled_from(ANY_COUNT), st.sampled_from([(17, 9), (10, 5), (3, 7)]), st.floats(0, 1), st.integers(0, 9))
+def test_counts_are_met_to_half_a_four(pattern, shape, share, seed):
+    m, k = shape
+    count = max(round(share * m * k), pattern.least(shape))
+    s = scores(m, k, seed) * (scores(m, 1, seed) < 1.5)  # some rows are zero
+    mask = mask_of(pattern, s, count)
+    kept = int(mask.elements().sum())
+    if count > m * (k // 4 * 2 + min(k % 4, 2)):
+        assert kept == count
+        return
+    assert_two_of_four(mask)
+    rows = (np.asarray(mask.rows).reshape(-1, 4) < m).sum(1)
+    # What is kept in any case: a four of every tile, or of all groups if balanced, or else one four alone.
+    if isinstance(pattern, TVW):
+        least, tolerance = 2 * rows[np.asarray(mask.kept.any(1))].sum(), 4
+    else:
+        least, tolerance = (2 * m, m) if pattern.balanced else (2 * min(4, m), 4)
+    assert abs(kept - max(count, least)) <= tolerance
 
 
 @pytest.mark.parametrize("kind", [TVW, ShflTVW])
