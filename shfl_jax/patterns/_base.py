@@ -57,8 +57,13 @@ class Pattern(abc.ABC):
         """Whether `mask` searches a row permutation, which costs much more than `mask_of_rows` for a given one."""
         return False
 
-    def mask_of_rows(self, scores: jax.Array, rows: jax.Array, count: jax.Array | int) -> Mask:
-        """The mask for a given row permutation: scores (M, K), rows (R * V,) int32 with sentinels M."""
+    def mask_of_rows(
+        self, scores: jax.Array, rows: jax.Array, count: jax.Array | int, previous: Mask | None = None
+    ) -> Mask:
+        """The mask for a given row permutation: scores (M, K), rows (R * V,) int32 with sentinels M.
+
+        The other arguments are those of `mask`.
+        """
         raise NotImplementedError(f"{self!r} takes no row permutation")
 
     @property

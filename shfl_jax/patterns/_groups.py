@@ -33,6 +33,13 @@ class Vectors:
             raise ValueError(f"shards={self.shards} must divide the layer's {m} outputs; use a divisor of {m}")
         return self.shards * -(-m // self.shards // self.group_size)
 
+    def rows_in_order(self, m: int) -> jax.Array:
+        """Rows in their order, every shard filled up with the sentinel M to whole groups: (R * V,) int32."""
+        size = m // self.shards
+        in_shard = np.arange(self.groups(m) // self.shards * self.group_size, dtype=np.int32)
+        offset = np.arange(self.shards, dtype=np.int32)[:, None] * size
+        return jnp.asarray(np.where(in_shard < size, in_shard + offset, m).reshape(-1))
+
     def number(self, shape: tuple[int, ...]) -> int:
         """R * K vectors of a layer of shape (M, K)."""
         return self.groups(shape[0]) * shape[1]
@@ -65,7 +72,7 @@ class Vectors:
         return top(self.keys_of_sums(sums, count), count)
 
     def keys_of_sums(self, sums: jax.Array, count: jax.Array | int) -> jax.Array:
-        """Rank keys for the sums of every row group (R, K), `ALWAYS` for the floors of groups where `count` are kept."""
+        """Rank keys for the sums of every row group (R, K), `ALWAYS` for the floors of groups if `count` are kept."""
         keys, groups = rank_keys(sums), sums.shape[0]
         if not self.min_share:
             return keys

@@ -32,7 +32,8 @@ class TVW(base.Pattern):
     Tiles keep twice the density, 2 (1 - sparsity), so that a sparsity of 0.75 is TW at 50% and then 2:4. Here outputs
     and inputs are chosen for what 2:4 will keep of them (`spared_values`) rather than for all they hold, tiles keep a
     multiple of four inputs (or all K), and the inputs of a tile are put into fours of which every row can spare two
-    (`order_columns`, in `shfl_jax.patterns.search` like the other).
+    (`order_columns`, in `shfl_jax.patterns.search` like the other), never worse than in the order given or in that of a
+    previous mask.
 
     Where K is no multiple of four, a tile that keeps all its inputs has one four of fewer, of which a row keeps at most
     two as well. A count of more than that of whole tiles (partway through a schedule) keeps them, two of every four
@@ -92,7 +93,7 @@ class TVW(base.Pattern):
             keys = jnp.where(sizes > 0, keys, -1)
             return nearest(keys, count, sizes * jnp.minimum(widths, 2), best & (sizes > 0))
 
-        return _mask(self, scores, tiles.rows, tiles.kept.any(1)[:, None], count, choose)
+        return _mask(self, scores, tiles.rows, tiles.kept.any(1)[:, None], count, choose, previous)
 
 
 @register
@@ -101,7 +102,8 @@ class ShflTVW(base.Pattern):
     """2:4 inside the row groups of Shfl-BW, a combination found in neither paper.
 
     Groups keep twice the density, 2 (1 - sparsity), of their vectors, chosen in fours over the whole layer for what 2:4
-    will keep of them; the row permutation is searched on those values too. See `TVW` for the rest.
+    will keep of them; the row permutation is searched on those values too, and where rows in their order or those of a
+    previous mask keep more in the end, they stay. See `TVW` for the rest.
 
     Attributes:
         sparsity: fraction of pruned weights, in [0.5, 1).
@@ -159,10 +161,26 @@ class ShflTVW(base.Pattern):
         density = 2 * (jnp.asarray(ranking.scaled(vectors, share), jnp.int32) / vectors).astype(jnp.float32)
         kept = jnp.maximum(ranking.scaled(vectors, _share(_doubled(count, m * k), m * k)), 1)
         search = RowSearch(self._groups, self.search, self.seed)
-        return self.mask_of_rows(scores, search.rows(values, kept, density, previous), count)
+        rows = [search.rows(values, kept, density, previous), self._groups.rows_in_order(m)]
+        if previous is not None:
+            rows.append(previous.rows)
+
+        # The search knows estimates alone: what 2:4 keeps of the groups decides between it and its starts.
+        def mask_of(rows: jax.Array) -> Mask:
+            return self.mask_of_rows(scores, rows, count, previous)
+
+        masks = jax.lax.map(mask_of, jnp.stack(rows))
+        best = jnp.argmax(jnp.sum(jnp.where(masks.elements(), scores, 0), (1, 2)))
+
+        def take(array: jax.Array) -> jax.Array:
+            return array[best]
+
+        return jax.tree.map(take, masks)
 
     @override
-    def mask_of_rows(self, scores: jax.Array, rows: jax.Array, count: jax.Array | int) -> Mask:
+    def mask_of_rows(
+        self, scores: jax.Array, rows: jax.Array, count: jax.Array | int, previous: Mask | None = None
+    ) -> Mask:
         """See `Pattern.mask_of_rows`."""
         m, k = scores.shape
         scores = ranking.normalised(scores)
@@ -184,7 +202,7 @@ class ShflTVW(base.Pattern):
                 nearest(keys, budget, costs, keys == ranking.ALWAYS, longer_of_two=True), sums.shape
             )
 
-        return _mask(self, scores, rows, jnp.ones((groups, 1), bool), count, choose)
+        return _mask(self, scores, rows, jnp.ones((groups, 1), bool), count, choose, previous)
 
     @property
     def _groups(self) -> Vectors:
@@ -217,6 +235,7 @@ def _mask(
     live: jax.Array,
     count: jax.Array | int,
     choose: Callable[[jax.Array, jax.Array], jax.Array],
+    previous: Mask | None,
 ) -> Mask:
     """Chooses columns in fours, orders them, and keeps two of every four.
 
@@ -228,6 +247,7 @@ def _mask(
         count: the weights to keep.
         choose: (sums (R, F) of each group's columns in descending order, four by four; the number of columns in each of
             the F fours (F,)) -> (R, F) bool, the kept fours, a prefix of every group's.
+        previous: a mask whose order of columns is one more start.
     """
     (m, k), v = scores.shape, pattern.group_size
     num_fours = -(-k // 4)
@@ -239,7 +259,8 @@ def _mask(
         ranked = jnp.pad(jnp.take_along_axis(sums, best_first, axis=1), ((0, 0), (0, -k % 4)))
         used = choose(ranked.reshape(-1, num_fours, 4).sum(2), widths).sum(1, keepdims=True)
         kept = (jnp.argsort(best_first, axis=1) < 4 * used) & live
-    order = fours.order_columns(scores, rows, kept, v, rounds=pattern.rounds)
+    before = None if previous is None else previous.order
+    order = fours.order_columns(scores, rows, kept, v, rounds=pattern.rounds, previous=before)
     chosen = fours.choose_two(scores, rows, order, v)
 
     def with_others() -> jax.Array:

@@ -73,6 +73,8 @@ class VW(base.Pattern):
         return self.mask_of_rows(scores, padded_rows(scores.shape[0], self.group_size), count)
 
     @override
-    def mask_of_rows(self, scores: jax.Array, rows: jax.Array, count: jax.Array | int) -> Mask:
+    def mask_of_rows(
+        self, scores: jax.Array, rows: jax.Array, count: jax.Array | int, previous: Mask | None = None
+    ) -> Mask:
         """See `Pattern.mask_of_rows`."""
         return self.vectors.mask_of_rows(scores, rows, count)

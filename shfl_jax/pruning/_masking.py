@@ -370,7 +370,7 @@ def choose_masks(
     def rows(layer: tuple[jax.Array, Any, Mask]) -> jax.Array:
         return pattern.mask(*layer).rows
 
-    def masks_of_rows(layer: tuple[jax.Array, jax.Array, Any]) -> Mask:
+    def masks_of_rows(layer: tuple[jax.Array, jax.Array, Any, Mask]) -> Mask:
         return pattern.mask_of_rows(*layer)
 
     each = functools.partial(jax.lax.map, batch_size=batch)
@@ -380,7 +380,7 @@ def choose_masks(
     # regrouping rows discards what weights had adapted to their group, and weights pruned before are still zero.
     free = previous.kept.all((-1, -2)) | anew
     found = jax.lax.cond(free.any(), lambda: each(rows, (scores, target, previous)), lambda: previous.rows)
-    return each(masks_of_rows, (scores, jnp.where(free[:, None], found, previous.rows), count))
+    return each(masks_of_rows, (scores, jnp.where(free[:, None], found, previous.rows), count, previous))
 
 
 def zero_moments(

@@ -7,6 +7,7 @@ An order is an (R, 4 * ceil(K / 4)) int32 array: the kept columns of a group, fo
 every slot that holds none. All its fours are full but for one, if the kept columns are no multiple of four.
 """
 
+import functools
 import itertools
 
 import jax
@@ -19,21 +20,29 @@ SPLITS = np.array([[*first, *sorted({*range(8)} - {*first.tolist()})] for first 
 
 
 def order_columns(
-    scores: jax.Array, rows: jax.Array, kept: jax.Array, group_size: int, *, rounds: int = 16
+    scores: jax.Array,
+    rows: jax.Array,
+    kept: jax.Array,
+    group_size: int,
+    *,
+    rounds: int = 16,
+    previous: jax.Array | None = None,
 ) -> jax.Array:
     """Searches an order in which 2:4 keeps much. Pure, of fixed shapes and steps, jit-able and vmap-able.
 
-    Columns are dealt to the fours by their sums, so that no four gets all the large ones; a four of fewer columns, of
-    which less is pruned, gets the largest. Then fours are refined two by two: of the 35 ways to split the eight columns
-    of two fours the best is taken, which is never worse. Round t refines the fours j and t - j (modulo their number),
-    for all j at once; after F rounds any two of F fours have met.
+    Of three starts every group takes the best: its columns in the order given; those of `previous` that are still whole
+    fours, then the others; and columns dealt to the fours by their sums, so that no four gets all the large ones and a
+    four of fewer columns, of which less is pruned, gets the largest. Then fours are refined two by two: of the 35 ways
+    to split the eight columns of two fours the best is taken, so the result is never worse than the best start. Round t
+    refines the fours j and t - j (modulo their number), for all j at once; after F rounds any two of F fours have met.
 
     Args:
         scores: (M, K) floating, non-negative and finite.
         rows: (R * V,) int32, the row permutation with sentinels M.
         kept: (R, K) bool, the kept columns of every group.
         group_size: V.
-        rounds: of refinement; 0 deals only.
+        rounds: of refinement; 0 leaves the best start as it is.
+        previous: an order of earlier, (R, 4 * ceil(K / 4)) int32.
 
     Returns:
         The order, (R, 4 * ceil(K / 4)) int32: columns ascend within a four, fours by their first column.
@@ -41,24 +50,56 @@ def order_columns(
     groups, k = kept.shape
     num_fours = -(-k // 4)
     members = group_members(scores, rows, group_size)
-    sums = jnp.where(kept, members.sum(1), -1)
-    ranked = jnp.argsort(-sums, axis=1, stable=True).astype(jnp.int32)
-    count = kept.sum(1, dtype=jnp.int32)[:, None]
-    full, rest = count // 4, count % 4
-    slot = jnp.arange(4 * num_fours, dtype=jnp.int32)
-    rank = jnp.where(slot < 4 * full, rest + slot % 4 * full + slot // 4, slot - 4 * full)
-    order = jnp.where(slot < count, jnp.take_along_axis(ranked, jnp.minimum(rank, k - 1), axis=1), k)
-    used = -(-count // 4)
+    starts = [_dealt(members, kept), _in_order(kept)]
+    if previous is not None:
+        starts.append(_as_before(kept, previous))
+    used = -(-kept.sum(1, dtype=jnp.int32) // 4)
 
-    def refine(group: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
-        return _refine(*group, rounds=rounds)
+    def search(group: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
+        members, starts, used = group
+        values = jax.lax.map(functools.partial(_value, members), starts)
+        return _refine(members, starts[jnp.argmax(values)], used, rounds=rounds if num_fours > 1 else 0)
 
-    if num_fours > 1 and rounds:
-        # One group at a time: a round reads the members of a group 35 times, and they should stay in the cache.
-        order = jax.lax.map(refine, (members, order, used[:, 0]))
+    # One group at a time: a round reads the members of a group 35 times, and they should stay in the cache.
+    order = jax.lax.map(search, (members, jnp.stack(starts, axis=1), used))
     order = jnp.sort(order.reshape(groups, num_fours, 4), axis=2)
     first = jnp.argsort(order[:, :, 0], axis=1, stable=True)
     return jnp.take_along_axis(order, first[:, :, None], axis=1).reshape(groups, -1)
+
+
+def _dealt(members: jax.Array, kept: jax.Array) -> jax.Array:
+    """Columns dealt to the full fours by their sums, the largest left over to a four of fewer columns."""
+    k = kept.shape[1]
+    ranked = jnp.argsort(-jnp.where(kept, members.sum(1), -1), axis=1, stable=True).astype(jnp.int32)
+    count = kept.sum(1, dtype=jnp.int32)[:, None]
+    full, rest = count // 4, count % 4
+    slot = jnp.arange(-(-k // 4) * 4, dtype=jnp.int32)
+    rank = jnp.where(slot < 4 * full, rest + slot % 4 * full + slot // 4, slot - 4 * full)
+    return jnp.where(slot < count, jnp.take_along_axis(ranked, jnp.minimum(rank, k - 1), axis=1), k)
+
+
+def _in_order(kept: jax.Array) -> jax.Array:
+    """Kept columns as they come."""
+    return _sorted_by(kept, jnp.broadcast_to(jnp.arange(kept.shape[1], dtype=jnp.int32), kept.shape))
+
+
+def _as_before(kept: jax.Array, previous: jax.Array) -> jax.Array:
+    """First the fours of an order that keep all their columns, then the others, in that order where it has them."""
+    (groups, k), slots = kept.shape, previous.shape[1]
+    stays = jnp.take_along_axis(kept, previous, axis=1, mode="fill", fill_value=False)
+    whole = jnp.repeat(stays.reshape(groups, -1, 4).all(2), 4, axis=1)
+    place = jnp.arange(slots, dtype=jnp.int32) + jnp.where(whole, 0, slots)
+    keys = jnp.broadcast_to(2 * slots + jnp.arange(k, dtype=jnp.int32), kept.shape)
+    keys = keys.at[jnp.arange(groups, dtype=jnp.int32)[:, None], previous].set(place, mode="drop")
+    return _sorted_by(kept, keys)
+
+
+def _sorted_by(kept: jax.Array, keys: jax.Array) -> jax.Array:
+    """Kept columns by ascending keys (R, K), then sentinels."""
+    k = kept.shape[1]
+    columns = jnp.argsort(jnp.where(kept, keys, np.iinfo(np.int32).max), axis=1, stable=True).astype(jnp.int32)
+    columns = jnp.where(jnp.arange(k, dtype=jnp.int32) < kept.sum(1, keepdims=True), columns, k)
+    return jnp.pad(columns, ((0, 0), (0, -k % 4)), constant_values=k)
 
 
 def choose_two(scores: jax.Array, rows: jax.Array, order: jax.Array, group_size: int) -> jax.Array:
@@ -120,6 +161,12 @@ def group_members(scores: jax.Array, rows: jax.Array, group_size: int) -> jax.Ar
 def _ordered(members: jax.Array, order: jax.Array) -> jax.Array:
     """(R, V, K) in the order of the fours: (R, V, 4 * ceil(K / 4)), zero at sentinels."""
     return jnp.take_along_axis(members, order[:, None], axis=2, mode="fill", fill_value=0)
+
+
+def _value(members: jax.Array, order: jax.Array) -> jax.Array:
+    """What 2:4 keeps of one group: members (V, K), order (4 F,)."""
+    planes = members.T.at[order.reshape(-1, 4).T].get(mode="fill", fill_value=0)
+    return _best_two(planes).sum()
 
 
 def _refine(members: jax.Array, order: jax.Array, used: jax.Array, *, rounds: int) -> jax.Array:
