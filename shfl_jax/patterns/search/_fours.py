@@ -30,18 +30,18 @@ def order_columns(
 ) -> jax.Array:
     """Searches an order in which 2:4 keeps much. Pure, of fixed shapes and steps, jit-able and vmap-able.
 
-    Of three starts every group takes the best: its columns in the order given; those of `previous` that are still whole
-    fours, then the others; and columns dealt to the fours by their sums, so that no four gets all the large ones and a
-    four of fewer columns, of which less is pruned, gets the largest. Then fours are refined two by two: of the 35 ways
-    to split the eight columns of two fours the best is taken, so the result is never worse than the best start. Round t
-    refines the fours j and t - j (modulo their number), for all j at once; after F rounds any two of F fours have met.
+    Columns are dealt to the fours by their sums, so that no four gets all the large ones; a four of fewer columns, of
+    which less is pruned, gets the largest. Then fours are refined two by two: of the 35 ways to split the eight columns
+    of two fours the best is taken, which is never worse. Round t refines the fours j and t - j (modulo their number),
+    for all j at once; after F rounds any two of F fours have met. Where a group's columns as given, or the fours of
+    `previous` that are still whole and then the other columns, keep more than that, they stay.
 
     Args:
         scores: (M, K) floating, non-negative and finite.
         rows: (R * V,) int32, the row permutation with sentinels M.
         kept: (R, K) bool, the kept columns of every group.
         group_size: V.
-        rounds: of refinement; 0 leaves the best start as it is.
+        rounds: of refinement; 0 deals only.
         previous: an order of earlier, (R, 4 * ceil(K / 4)) int32.
 
     Returns:
@@ -50,18 +50,19 @@ def order_columns(
     groups, k = kept.shape
     num_fours = -(-k // 4)
     members = group_members(scores, rows, group_size)
-    starts = [_dealt(members, kept), _in_order(kept)]
+    orders = [_dealt(members, kept), _in_order(kept)]
     if previous is not None:
-        starts.append(_as_before(kept, previous))
+        orders.append(_as_before(kept, previous))
     used = -(-kept.sum(1, dtype=jnp.int32) // 4)
 
     def search(group: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
-        members, starts, used = group
-        values = jax.lax.map(functools.partial(_value, members), starts)
-        return _refine(members, starts[jnp.argmax(values)], used, rounds=rounds if num_fours > 1 else 0)
+        members, orders, used = group
+        refined = _refine(members, orders[0], used, rounds=rounds if num_fours > 1 else 0)
+        orders = orders.at[0].set(refined)
+        return orders[jnp.argmax(jax.lax.map(functools.partial(_value, members), orders))]
 
     # One group at a time: a round reads the members of a group 35 times, and they should stay in the cache.
-    order = jax.lax.map(search, (members, jnp.stack(starts, axis=1), used))
+    order = jax.lax.map(search, (members, jnp.stack(orders, axis=1), used))
     order = jnp.sort(order.reshape(groups, num_fours, 4), axis=2)
     first = jnp.argsort(order[:, :, 0], axis=1, stable=True)
     return jnp.take_along_axis(order, first[:, :, None], axis=1).reshape(groups, -1)

@@ -32,7 +32,7 @@ def matrices(kind):
         member = rng.integers(0, 5, (EACH, m))
         scores = (0.1 + np.take_along_axis(supports, member[:, :, None], 1)) * rng.standard_normal((EACH, m, k))
     else:
-        weights = jax.tree.leaves(bert.load()[0])
+        weights = jax.tree.leaves(bert.load()[1])
         large = [np.asarray(w) for w in weights if w.ndim == 2 and min(w.shape) > 64][:10]
         scores = [w[i * m : (i + 1) * m, i * k : (i + 1) * k] for w in large for i in range(EACH // len(large))]
     return jnp.asarray(np.abs(scores), jnp.float32)
