@@ -42,7 +42,7 @@ def order_columns(
         kept: (R, K) bool, the kept columns of every group.
         group_size: V.
         rounds: of refinement; 0 deals only.
-        previous: an order of earlier, (R, 4 * ceil(K / 4)) int32.
+        previous: an earlier order, (R, 4 * ceil(K / 4)) int32.
 
     Returns:
         The order, (R, 4 * ceil(K / 4)) int32: columns ascend within a four, fours by their first column.
@@ -69,7 +69,7 @@ def order_columns(
 
 
 def _dealt(members: jax.Array, kept: jax.Array) -> jax.Array:
-    """Columns dealt to the full fours by their sums, the largest left over to a four of fewer columns."""
+    """Columns dealt to the full fours by their sums; a four of fewer columns gets the largest."""
     k = kept.shape[1]
     ranked = jnp.argsort(-jnp.where(kept, members.sum(1), -1), axis=1, stable=True).astype(jnp.int32)
     count = kept.sum(1, dtype=jnp.int32)[:, None]
